@@ -1,0 +1,251 @@
+"""The run configuration: one pydantic model a section, every field with its unit and bounds."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+class Section(BaseModel):
+    """A section of the configuration: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Who the run is, where it lives and how long it goes."""
+
+    name: Slug
+    """The run's identifier in its store: lower-case letters, digits, dot, dash, underscore."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of every random stream: data order, rollouts, guide, evaluation."""
+    store: str = "file://./runs"
+    """URL of the store that holds the run (`file://PATH`)."""
+    total_steps: int = Field(160, ge=1)
+    """Optimizer steps of the main line. Not part of the run's identity: raise it to extend a finished run."""
+    segment_steps: int = Field(10, ge=1)
+    """Optimizer steps a segment: the unit of commit, retry and checkpointing."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Optional sinks of the metrics, beside the Parquet files, which stay the source."""
+    tracker_dir: str = "./trackers"
+    """Local directory for what the trackers write."""
+
+
+class ModelSection(Section):
+    """The policy that training starts from."""
+
+    path: str = "testbed"
+    """`testbed` for the embedded model, or a local directory or hub name of a transformers causal language model."""
+    start_from: str | None = None
+    """`STORE/RUN` or `STORE/RUN@STEP`: take the weights of that checkpoint of a run's main line instead of `path`'s."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the weights in memory."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation that transformers loads."""
+
+
+class DataSection(Section):
+    """The prompts, and the verifier that judges answers to them."""
+
+    source: Literal["testbed"] = "testbed"
+    """Where the prompts come from."""
+    prompts: int = Field(512, ge=1)
+    """Size of the training pool, in prompts."""
+    held_out: int = Field(192, ge=1)
+    """Size of the held-out set for evaluation, in prompts; disjoint from the pool."""
+    min_length: int = Field(4, ge=1, le=12)
+    """Shortest task input, in symbols (testbed)."""
+    max_length: int = Field(12, ge=1, le=12)
+    """Longest task input, in symbols (testbed)."""
+    pool_seed: int = Field(0, ge=0)
+    """Seed of the pool and the held-out set. Not `run.seed`, so that paired seeds share their prompts."""
+
+    @model_validator(mode="after")
+    def _lengths_are_ordered(self) -> DataSection:
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length {self.min_length} exceeds max_length {self.max_length}; lower min_length")
+        return self
+
+
+class RolloutSection(Section):
+    """How the policy samples its on-policy rollouts."""
+
+    group_size: int = Field(8, ge=1)
+    """Rollouts a prompt and step (n)."""
+    prompts_per_step: int = Field(32, ge=1)
+    """Distinct prompts a step."""
+    max_new_tokens: int = Field(14, ge=1)
+    """Longest completion, in tokens, its end token included."""
+    temperature: float = Field(1.0, gt=0, le=10)
+    """Sampling temperature of rollouts, guide and evaluation; log-probabilities are those of this distribution."""
+    max_rows: int = Field(1024, ge=1)
+    """Most rows that are generated at once: bounds the memory of the KV cache. Does not change what is sampled."""
+
+
+class LearnerSection(Section):
+    """The optimizer and the shape of an update."""
+
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    """AdamW's peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up; the learning rate is constant after them."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Largest global L2 norm of the gradient; it is scaled down to this."""
+    updates_per_batch: int = Field(1, ge=1)
+    """Optimizer updates on each step's batch (PPO epochs). With 1, the ratios of own rollouts are exactly 1."""
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Most padded tokens of one forward and backward pass. Does not change the result beyond rounding."""
+    chunk_tokens: int = Field(1024, ge=1)
+    """Tokens whose logits exist at one time."""
+    chunk_vocab: int = Field(32768, ge=1)
+    """Vocabulary entries whose logits exist at one time."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of torch. Bit-identity after a resume holds for one number of threads."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
+
+
+class AlgorithmSection(Section):
+    """GRPO's objective, and NPO's mixing of guide trajectories into hard groups."""
+
+    method: Literal["grpo", "npo"] = "grpo"
+    """`grpo` trains on-policy; `npo` runs the interventions of `future.interventions`."""
+    advantage_scale: Literal["group-std", "none"] = "group-std"
+    """`group-std` divides the centred rewards by the group's unbiased std (GRPO); `none` does not (Dr.GRPO)."""
+    advantage_eps: float = Field(1e-6, ge=0)
+    """Added to the group's std."""
+    aggregation: Literal["seq-mean-token-mean", "token-mean", "seq-sum-norm"] = "seq-mean-token-mean"
+    """How token losses are averaged: GRPO, DAPO, Dr.GRPO (sum over tokens divided by `max_new_tokens`)."""
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    """ε_low: ratios are clipped below 1 − ε_low."""
+    clip_high: float = Field(0.2, ge=0)
+    """ε_high: ratios are clipped above 1 + ε_high."""
+    kl_beta: float = Field(0.0, ge=0)
+    """β, weight of the k3 estimate of the KL to the starting policy; 0 switches the reference forward off."""
+    gate: float = Field(0.6, ge=0, le=1)
+    """τ_gate: a group takes a guide trajectory if its group accuracy is at most this (inclusive)."""
+    slot: Literal["last", "failed"] = "last"
+    """Which slot of a hard group the guide trajectory takes: the last (the paper) or the last failed one."""
+    guide_correction: Literal["none", "exact", "truncated", "shaped"] = "none"
+    """Importance correction of the guide slot."""
+    truncation_cap: float = Field(2.0, gt=0)
+    """c of `truncated`: largest detached importance weight."""
+    shaping_gamma: float = Field(0.1, gt=0)
+    """γ of `shaped`: f(ρ) = ρ/(ρ+γ)."""
+
+
+class Intervention(Section):
+    """One manual intervention (paper, section 3.2): scout ahead of `start`, then replay from `start`."""
+
+    start: int = Field(0, ge=0)
+    """Main-line step that training rolls back to: 0 is early-stage bootstrapping, a plateau's start the late stage."""
+    lookahead: int = Field(80, ge=1)
+    """Δ: steps that the scout trains ahead of `start`."""
+    window: int | None = Field(None, ge=1)
+    """W: steps that the guide serves from `start` on; by default Δ."""
+
+    @property
+    def stop(self) -> int:
+        """First step after the window."""
+        return self.start + (self.window if self.window is not None else self.lookahead)
+
+
+class FutureSection(Section):
+    """The near future: when to look ahead, how far, and how the guide answers."""
+
+    interventions: tuple[Intervention, ...] = ()
+    """The interventions in the order of their start; their windows must not overlap."""
+    k: int = Field(8, ge=1)
+    """K: answers that the guide samples for each distinct prompt of the window; at most one is kept."""
+
+    @field_validator("interventions")
+    @classmethod
+    def _windows_are_disjoint(cls, value: tuple[Intervention, ...]) -> tuple[Intervention, ...]:
+        for before, after in itertools.pairwise(value):
+            if after.start < before.stop:
+                raise ValueError(
+                    f"the intervention at step {after.start} starts inside the window [{before.start}, {before.stop}) "
+                    f"of the one before it; start it at {before.stop} or later"
+                )
+        return value
+
+
+class EvaluationSection(Section):
+    """Held-out evaluation by sampling: pass@1 averaged over samples."""
+
+    every: int = Field(10, ge=0)
+    """Steps between evaluations of the main line, a multiple of `run.segment_steps`; 0 evaluates its ends only."""
+    samples: int = Field(4, ge=1)
+    """Answers a held-out prompt."""
+
+
+class Config(Section):
+    """A run's whole configuration, as `npo run` reads it from YAML."""
+
+    run: RunSection
+    """Who the run is."""
+    model: ModelSection = ModelSection()
+    """What is trained."""
+    data: DataSection = DataSection()
+    """On which prompts."""
+    rollout: RolloutSection = RolloutSection()
+    """How rollouts are sampled."""
+    learner: LearnerSection = LearnerSection()
+    """How the weights are updated."""
+    algorithm: AlgorithmSection = AlgorithmSection()
+    """By which objective."""
+    future: FutureSection = FutureSection()
+    """With which guides."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """And how it is judged."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        every, segment = self.evaluation.every, self.run.segment_steps
+        if every % segment:
+            raise ValueError(
+                f"evaluation.every {every} is not a multiple of run.segment_steps {segment}; only a segment's end has "
+                "a checkpoint to evaluate"
+            )
+        if self.rollout.prompts_per_step > self.data.prompts:
+            raise ValueError(
+                f"rollout.prompts_per_step {self.rollout.prompts_per_step} exceeds data.prompts {self.data.prompts}; "
+                "a step's prompts are distinct"
+            )
+        if self.algorithm.method == "npo" and not self.future.interventions:
+            raise ValueError("algorithm.method npo needs at least one entry in future.interventions")
+        if self.algorithm.method == "grpo" and self.future.interventions:
+            raise ValueError(
+                "algorithm.method grpo has no future, but future.interventions is not empty; "
+                "set algorithm.method to npo or remove the interventions"
+            )
+        for intervention in self.future.interventions:
+            if intervention.stop > self.run.total_steps:
+                raise ValueError(
+                    f"the window [{intervention.start}, {intervention.stop}) ends after run.total_steps "
+                    f"{self.run.total_steps}; raise run.total_steps or shorten the window"
+                )
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """What the user asked to be computed, without where, how long, how observed, and on how many threads.
+
+        Two configurations with equal recipes may continue each other's run.
+        """
+        recipe = self.model_dump(mode="json", exclude={"evaluation"})
+        recipe["run"] = {"seed": self.run.seed}
+        for field in ("threads", "device"):
+            del recipe["learner"][field]
+        return recipe

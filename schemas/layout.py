@@ -1,0 +1,66 @@
+"""Layout of the store: pure functions from names to keys. A key is relative to the run's root `{store}/{run_id}`."""
+
+from __future__ import annotations
+
+RUN = "run.json"
+PROMPTS = "prompts.parquet"
+HEAD = "head.json"
+LEGS = "legs"
+GUIDES = "guides"
+EVALS = "evals"
+DECISIONS = "decisions"
+REPORTS = "reports"
+MODEL = "model"
+"""The model directory without its weights: configuration, tokenizer, chat template."""
+MANIFEST = "manifest.json"
+
+
+def leg(leg_id: str) -> str:
+    """The leg's record."""
+    return f"{LEGS}/{leg_id}/leg.json"
+
+
+def segments(leg_id: str) -> str:
+    """Folder of a leg's segments."""
+    return f"{LEGS}/{leg_id}/segments"
+
+
+def segment(leg_id: str, start: int, stop: int) -> str:
+    """Folder of steps [start, stop) of a leg."""
+    return f"{segments(leg_id)}/{start:06d}-{stop:06d}"
+
+
+def checkpoints(leg_id: str) -> str:
+    """Folder of a leg's checkpoints."""
+    return f"{LEGS}/{leg_id}/checkpoints"
+
+
+def checkpoint(leg_id: str, step: int) -> str:
+    """Folder of the checkpoint at `step`."""
+    return f"{checkpoints(leg_id)}/{step:06d}"
+
+
+def guide(guide_id: str) -> str:
+    """Folder of a guide."""
+    return f"{GUIDES}/{guide_id}"
+
+
+def evaluation(eval_id: str) -> str:
+    """Folder of an evaluation."""
+    return f"{EVALS}/{eval_id}"
+
+
+def decision(leg_id: str, step: int) -> str:
+    """The decision record of (leg, step)."""
+    return f"{DECISIONS}/{leg_id}-{step:06d}.json"
+
+
+def data_file(folder: str, name: str, sha256: str) -> str:
+    """Key of a data file: its name with the content's hash before the extension, so no other content has it."""
+    stem, dot, extension = name.rpartition(".")
+    return f"{folder}/{stem}-{sha256[:16]}{dot}{extension}"
+
+
+def manifest(folder: str) -> str:
+    """Key of the manifest which commits what lies in `folder`."""
+    return f"{folder}/{MANIFEST}"

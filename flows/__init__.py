@@ -1,0 +1,25 @@
+"""Prefect flows: one a stage (`flows.stages`), the composed pipelines (`flows.pipeline`), and the command `npo`.
+
+from flows import grpo, npo
+from npo_core.config_file import load_config
+
+summary = npo(load_config("deploy/configs/testbed-npo.yaml", []))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flows.pipeline import grpo, npo
+
+__all__ = ["grpo", "npo"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports Prefect when a flow is asked for, not before: the command sets its environment first."""
+    if name in __all__:
+        from flows import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'flows' has no attribute {name!r}")

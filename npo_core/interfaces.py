@@ -18,6 +18,7 @@ from schemas.records import FileEntry, Manifest, Record
 FinishReason = Literal["stop", "length"]
 Purpose = Literal["rollout", "guide", "probe", "eval"]
 RecordT = TypeVar("RecordT", bound=Record)
+ManifestT = TypeVar("ManifestT", bound=Manifest)
 
 
 class NearFutureError(Exception):
@@ -218,6 +219,9 @@ class Store(Protocol):
     root: str
     """URL that keys are relative to."""
 
+    def within(self, folder: str) -> Store:
+        """The same store with keys relative to `folder`."""
+
     def put_data(self, folder: str, name: str, role: str, source: bytes | Path, rows: int | None = None) -> FileEntry:
         """Writes a data file under `layout.data_file(folder, name, sha256)`; safe to repeat.
 
@@ -229,7 +233,10 @@ class Store(Protocol):
         """Creates a record if the key is absent, and returns the record that the key holds: ours, or that of the
         writer who came first."""
 
-    def commit(self, folder: str, manifest: Manifest) -> Manifest:
+    def create_bytes(self, key: str, data: bytes) -> bytes:
+        """`create` for an object that is no record: returns the bytes that the key holds, ours or the first ones."""
+
+    def commit(self, folder: str, manifest: ManifestT) -> ManifestT:
         """`create` at the folder's manifest key: commits the artifact."""
 
     def read(self, key: str, kind: type[RecordT]) -> RecordT | None:
@@ -239,12 +246,21 @@ class Store(Protocol):
             StoreError: the bytes are no such record; names the key.
         """
 
+    def read_bytes(self, key: str) -> bytes | None:
+        """The bytes of an object, unchecked, or None if the key is absent."""
+
     def read_data(self, entry: FileEntry) -> bytes:
         """The bytes of a data file, checked against the manifest's size and hash.
 
         Raises:
             StoreError: missing, truncated or altered; names the key.
         """
+
+    def fetch(self, entry: FileEntry, target: Path) -> None:
+        """`read_data` into a local file, in chunks; the file appears complete and checked, or not at all."""
+
+    def check(self, entry: FileEntry) -> None:
+        """`read_data` without keeping the bytes."""
 
     def swap(self, key: str, expected: Record | None, new: Record) -> bool:
         """Compare-and-swap: writes `new` if the key holds `expected` (None: is absent). False if it does not."""

@@ -39,6 +39,8 @@ class RunRecord(Record):
     """The run's name."""
     recipe: dict[str, Any]
     """`Config.recipe()` as it was when the run began."""
+    config: dict[str, Any] = {}
+    """The whole configuration as first used: a stage that runs again takes from it what the recipe leaves out."""
     model_digest: str
     """SHA-256 of the starting weights and of the model's configuration."""
     tokenizer_digest: str
@@ -48,7 +50,8 @@ class RunRecord(Record):
     verifier: str
     """Identifier and version of the verifier, `name/version`."""
     recipe_digest: str
-    """SHA-256 of all the above but `run_id`."""
+    """SHA-256 of `recipe` without `future` and `algorithm.method` (they shape the tree of legs, not a leg) and of the
+    four digests above: what a leg's identity depends on."""
     created_at: str
     """UTC, ISO 8601."""
 

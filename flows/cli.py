@@ -1,0 +1,101 @@
+"""The command `npo`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated, Any
+
+import click
+import typer
+
+from flows import cli_stages
+from flows.cli_output import Json, emit
+from flows.local_server import prefect_api
+from npo_core.interfaces import ConfigurationError, NearFutureError
+
+app = typer.Typer(
+    name="npo",
+    help="Near-Future Policy Optimization: train ahead, roll back, learn from your own future.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override a value, say -s learner.learning_rate=3e-4. Repeatable."),
+]
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="Configuration file (YAML).")],
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Runs a whole pipeline in this process. Again: resumes. With more steps: extends.
+
+    Examples:
+
+      npo run deploy/configs/testbed-npo.yaml
+
+      npo run deploy/configs/testbed-npo.yaml -s run.name=mine -s run.total_steps=200 --json
+    """
+    from npo_core.config_file import load_config
+
+    loaded = load_config(config, overrides or [])
+    with prefect_api():
+        from flows.pipeline import grpo, npo
+
+        summary = {"grpo": grpo, "npo": npo}[loaded.algorithm.method](loaded)
+    before, after = summary.before, summary.after
+    tasks = {
+        task: {"before": before.tasks[task].accuracy, "after": score.accuracy} for task, score in after.tasks.items()
+    }
+    emit(
+        json,
+        {
+            "run": summary.run,
+            "status": summary.status,
+            "head_step": summary.head_step,
+            "eval": {"before": before.accuracy, "after": after.accuracy, "tasks": tasks},
+            "report": summary.report,
+        },
+        f"{summary.run}: {summary.head_step} steps, held-out accuracy {before.accuracy:.3f} → {after.accuracy:.3f}\n"
+        f"report: {summary.report}",
+    )
+
+
+app.add_typer(cli_stages.app, name="stage")
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 the work failed, 2 bad usage or configuration. A user's error is one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("npo").setLevel(logging.INFO)
+    try:
+        # Not standalone: click would print a traceback for our errors, and exit codes are ours to choose.
+        code: Any = app(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except ConfigurationError as error:
+        code = fail(error, 2)
+    except (NearFutureError, FloatingPointError) as error:
+        code = fail(error, 1)
+    except (KeyboardInterrupt, click.Abort):
+        code = fail("interrupted; the same command resumes it", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(error: object, code: int) -> int:
+    """Says what went wrong on stderr."""
+    print(f"npo: error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

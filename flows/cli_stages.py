@@ -1,0 +1,157 @@
+"""`npo stage`: one stage of an existing run, alone. What is committed already is found, not done again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli_output import Json, emit
+from flows.local_server import prefect_api
+from npo_core.interfaces import ConfigurationError
+
+app = typer.Typer(
+    help="Runs one stage of an existing run; committed work is found, not done again.", no_args_is_help=True
+)
+
+Run = Annotated[str, typer.Argument(help="The run: STORE/NAME, say runs/demo or file:///data/runs/demo.")]
+Step = Annotated[int | None, typer.Option(min=0, help="Step of the main line; its tip by default.")]
+
+
+def stage(name: str, run: str, json: bool, **options: Any) -> None:
+    """Runs a stage's flow and prints what it made."""
+    from npo_core.artifacts import open_run
+
+    uri = open_run(run).uri
+    with prefect_api():
+        from flows import stages
+
+        flow: Any = {
+            "warm-start": stages.warm_start,
+            "scout": stages.scout,
+            "guide": stages.guide,
+            "replay": stages.replay,
+            "main": stages.main,
+            "evaluate": stages.evaluate,
+            "report": stages.report,
+        }[name]
+        made = flow(uri, **options)
+    artifact = made if isinstance(made, str) else made.model_dump(mode="json")
+    emit(json, {"stage": name, "artifacts": [artifact]}, f"{name}: {artifact}")
+
+
+@app.command("warm-start")
+def warm_start(
+    run: Run,
+    rebuild: Annotated[
+        Path | None,
+        typer.Option(help="Train the embedded testbed's warm start again into this directory, and compare."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Commits the starting policy and evaluates it.
+
+    Examples:
+
+      npo stage warm-start runs/demo
+
+      npo stage warm-start runs/demo --rebuild /data/warm
+    """
+    if rebuild is None:
+        stage("warm-start", run, json)
+        return
+    from npo_core.testbed import warm_start as recipe
+
+    if rebuild.exists() and any(rebuild.iterdir()):
+        raise ConfigurationError(f"--rebuild {rebuild} is not empty; name a new directory")
+    rebuilt, shipped = recipe.rebuild(rebuild)
+    same = "the shipped one's" if rebuilt == shipped else f"not the shipped one's ({shipped[:12]})"
+    artifact = {"path": str(rebuild), "digest": rebuilt, "shipped_digest": shipped, "identical": rebuilt == shipped}
+    emit(json, {"stage": "warm-start", "artifacts": [artifact]}, f"warm start in {rebuild}: {rebuilt[:12]}, {same}")
+
+
+@app.command()
+def scout(
+    run: Run,
+    start: Annotated[int, typer.Option(min=0, help="Step of the main line to look ahead of.")],
+    lookahead: Annotated[int, typer.Option(min=1, help="Δ, in steps.")],
+    json: Json = False,
+) -> None:
+    """Trains the future leg: Δ steps ahead of a step of the main line.
+
+    Example:
+
+      npo stage scout runs/demo --start 80 --lookahead 40
+    """
+    stage("scout", run, json, start=start, lookahead=lookahead)
+
+
+@app.command()
+def guide(
+    run: Run,
+    leg: Annotated[str, typer.Option(help="Leg whose policy answers (a scout's id; `npo show` lists them).")],
+    step: Annotated[int, typer.Option(min=0, help="Step of that leg's checkpoint.")],
+    start: Annotated[int, typer.Option(min=0, help="First step of the window that the guide serves.")],
+    stop: Annotated[int, typer.Option(min=1, help="First step after the window.")],
+    json: Json = False,
+) -> None:
+    """Lets a checkpoint answer the prompts of a window and stores one verified-correct trajectory a prompt.
+
+    Example:
+
+      npo stage guide runs/demo --leg 1f2e3d4c5b6a --step 120 --start 80 --stop 120
+    """
+    from npo_core.artifacts import open_run
+
+    stage("guide", run, json, checkpoint=open_run(run).require_checkpoint(leg, step).ref, start=start, stop=stop)
+
+
+@app.command()
+def replay(
+    run: Run,
+    guide: Annotated[str, typer.Option(help="Guide to mix in (`npo show` lists them).")],
+    json: Json = False,
+) -> None:
+    """Rolls the main line back to the start of a guide's window and runs it again with the guide mixed in.
+
+    Example:
+
+      npo stage replay runs/demo --guide 0a1b2c3d4e5f
+    """
+    stage("replay", run, json, guide_id=guide)
+
+
+@app.command()
+def main(
+    run: Run, stop: Annotated[int, typer.Option(min=1, help="Train until this step.")], json: Json = False
+) -> None:
+    """Goes on with the main line, on-policy.
+
+    Example:
+
+      npo stage main runs/demo --stop 200
+    """
+    stage("main", run, json, stop=stop)
+
+
+@app.command()
+def evaluate(run: Run, step: Step = None, json: Json = False) -> None:
+    """Evaluates the main line's policy on the held-out prompts.
+
+    Example:
+
+      npo stage evaluate runs/demo --step 80
+    """
+    stage("evaluate", run, json, step=step)
+
+
+@app.command()
+def report(run: Run, json: Json = False) -> None:
+    """Writes the run's report.
+
+    Example:
+
+      npo stage report runs/demo
+    """
+    stage("report", run, json)

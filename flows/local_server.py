@@ -1,0 +1,116 @@
+"""A Prefect server for the life of one process: started beside our imports, gone when we are, even after SIGKILL.
+
+Prefect's own ephemeral server outlives a parent that is killed. This one is watched by a small supervisor that holds
+the other end of a pipe to us and ends the server's process group when the pipe closes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STARTUP_TIMEOUT_S = 120.0
+GRACE_S = 5.0
+
+
+@contextmanager
+def prefect_api() -> Iterator[None]:
+    """The Prefect API that PREFECT_API_URL names, or a local server that lives as long as the block.
+
+    Enter it before Prefect is imported: Prefect reads its settings at import.
+    """
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    if os.environ.get("PREFECT_API_URL"):
+        yield
+        return
+    server = LocalServer()
+    os.environ["PREFECT_API_URL"] = server.api_url
+    try:
+        import npo_core.workspace  # noqa: F401  # torch and transformers load while the server starts
+
+        server.wait()
+        yield
+    finally:
+        del os.environ["PREFECT_API_URL"]
+        server.close()
+
+
+class LocalServer:
+    """Starts at once; `wait` until it answers."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._supervisor = subprocess.Popen(
+            [sys.executable, "-m", "flows.local_server", str(self.port)], stdin=subprocess.PIPE
+        )
+
+    @property
+    def api_url(self) -> str:
+        """What PREFECT_API_URL is to be."""
+        return f"http://127.0.0.1:{self.port}/api"
+
+    def wait(self) -> None:
+        """Returns when the server answers.
+
+        Raises:
+            RuntimeError: it ended, or did not answer in time.
+        """
+        deadline = time.monotonic() + STARTUP_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._supervisor.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"{self.api_url}/health", timeout=5).close()
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        raise RuntimeError(
+            f"the local Prefect server did not answer on port {self.port}; set PREFECT_API_URL to use a running server, "
+            "or see `prefect server start` for the reason"
+        )
+
+    def close(self) -> None:
+        """Ends the server."""
+        if self._supervisor.stdin:
+            self._supervisor.stdin.close()
+        self._supervisor.wait(timeout=30)
+
+
+def supervise(port: str) -> None:
+    """Runs the server until it ends or standard input closes; then nothing of its process group is left."""
+    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--no-services", "--analytics-off"]
+    settings = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL"}
+    # A Ctrl-C in the terminal reaches us too; the pipe decides, so that a run may still report its end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    server = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", port],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, **settings},
+    )
+
+    def end_with_the_pipe() -> None:
+        sys.stdin.buffer.read()
+        os.killpg(server.pid, signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os.killpg(server.pid, signal.SIGKILL)
+
+    threading.Thread(target=end_with_the_pipe, daemon=True).start()
+    server.wait()
+
+
+if __name__ == "__main__":
+    supervise(sys.argv[1])

@@ -1,0 +1,91 @@
+"""One flow a stage. Each finds what is committed, does what is missing, and can be scheduled and run again alone."""
+
+from __future__ import annotations
+
+from prefect import flow
+from pydantic import BaseModel
+
+from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord
+from tasks.decisions import record_schedule
+from tasks.legs import leg_checkpoint, main_line_checkpoint, main_line_step, open_leg, train_segment
+from tasks.policies import commit_warm_start, evaluate_policy, make_guide
+from tasks.reports import publish_report
+from tasks.workspaces import workspace
+
+
+@flow(name="warm-start")
+def warm_start(run: str) -> CheckpointRef:
+    """Commits the starting policy, and evaluates it."""
+    checkpoint = commit_warm_start(run)
+    evaluate_policy(run, checkpoint)
+    return checkpoint
+
+
+@flow(name="scout")
+def scout(run: str, start: int, lookahead: int) -> CheckpointRef:
+    """The future leg: trains `lookahead` steps ahead of the main line's checkpoint at `start`."""
+    leg = open_leg(run, "scout", main_line_checkpoint(run, start))
+    return train(run, leg, start + lookahead)
+
+
+@flow(name="guide")
+def guide(run: str, checkpoint: CheckpointRef, start: int, stop: int) -> GuideManifest:
+    """One verified-correct trajectory of the policy at `checkpoint` for each prompt of steps [start, stop)."""
+    return make_guide(run, checkpoint, start, stop)
+
+
+@flow(name="replay")
+def replay(run: str, guide_id: str) -> CheckpointRef:
+    """Rolls back to the start of the guide's window and runs it again, with the guide's trajectories mixed in."""
+    spec = record_schedule(run, guide_id)
+    leg = open_leg(run, "replay", main_line_checkpoint(run, spec.start), guide_id)
+    return train(run, leg, spec.stop)
+
+
+@flow(name="main")
+def main(run: str, stop: int) -> CheckpointRef:
+    """Goes on with the main line, on-policy, until step `stop`; nothing is done if it has come that far."""
+    step, tip = main_line_step(run)
+    if step >= stop:
+        return main_line_checkpoint(run, stop)
+    leg = tip if tip.kind == "main" else open_leg(run, "main", main_line_checkpoint(run, step))
+    return train(run, leg, stop)
+
+
+@flow(name="evaluate")
+def evaluate(run: str, step: int | None = None) -> EvalManifest:
+    """Evaluates the main line's policy at `step`, by default its tip."""
+    return evaluate_policy(run, main_line_checkpoint(run, main_line_step(run)[0] if step is None else step))
+
+
+@flow(name="report")
+def report(run: str) -> str:
+    """Writes the run's report and returns its address."""
+    return publish_report(run)
+
+
+def train(run: str, leg: LegRecord, stop: int) -> CheckpointRef:
+    """Trains a leg to `stop`, segment by segment; legs of the main line are evaluated on the way."""
+    config = workspace(run).config
+    size, every = config.run.segment_steps, config.evaluation.every
+    step = leg.start
+    while step < stop:
+        # Boundaries lie at multiples of the segment's size, wherever the leg starts.
+        segment = train_segment(run, leg, step, min(stop, (step // size + 1) * size))
+        step = segment.stop
+        if leg.kind in MAIN_LINE_KINDS and every and step % every == 0:
+            evaluate_policy(run, segment.checkpoint)
+    return leg_checkpoint(run, leg, stop)
+
+
+class Summary(BaseModel):
+    """What a whole run returns."""
+
+    run: str
+    """URI of the run."""
+    status: str = "done"
+    head_step: int
+    before: EvalManifest
+    after: EvalManifest
+    report: str
+    """Address of the report."""

@@ -1,0 +1,162 @@
+"""Begins a run, or finds it: freezes the recipe, the prompts and the starting policy."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from npo_core import testbed
+from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, prompts_digest
+from npo_core.interfaces import ConfigurationError, NearFutureError
+from npo_core.prompts import load_source, load_verifier, to_arrow
+from npo_core.store import open_store
+from npo_core.workspace import Workspace, environment, new_leg, now
+from schemas.config import Config
+from schemas.digest import digest_bytes, digest_json
+from schemas.records import CheckpointRef, RunRecord
+
+
+def begin(config: Config) -> Workspace:
+    """Opens the run that the configuration names, and creates it if there is none. Safe to repeat.
+
+    Raises:
+        ConfigurationError: the run was begun with another recipe (names the fields), or the model cannot be found.
+    """
+    run = RunArtifacts(open_store(config.run.store), config.run.name)
+    record = run.find_record()
+    if record is None or not run.is_frozen():
+        # A run killed while it began has a record, but not all that the record speaks of.
+        with tempfile.TemporaryDirectory(prefix="near-future-") as scratch:
+            record = _freeze(config, run, Path(scratch))
+    differences = list(_differences(record.recipe, config.recipe()))
+    if differences:
+        raise ConfigurationError(
+            f"run {run.uri} was begun with another recipe: {'; '.join(differences)}. "
+            "Restore these values, or give the new recipe another run.name"
+        )
+    return Workspace(config, run, record)
+
+
+def warm_start(workspace: Workspace) -> CheckpointRef:
+    """The `warm` leg's checkpoint: the starting policy, step 0, without an optimizer. The head begins there."""
+    run = workspace.run
+    leg = run.open_leg(new_leg(workspace.record, "warm", None, 0))
+    manifest = run.checkpoint(leg.leg_id, 0)
+    if manifest is None:
+        with tempfile.TemporaryDirectory(dir=workspace.scratch) as directory:
+            target = Path(directory)
+            source = starting_model(workspace.config, target / "source")
+            _copy_weights(source, target / "weights")
+            if weights_digest(source) != workspace.record.model_digest:
+                raise NearFutureError(
+                    f"model.path {workspace.config.model.path} no longer holds the weights that run {run.uri} began "
+                    "with; restore them, or begin another run"
+                )
+            manifest = run.commit_checkpoint(leg.leg_id, 0, target, environment(workspace.config))
+    if run.head() is None:
+        run.move_head(None, leg.leg_id)
+    return manifest.ref
+
+
+def starting_model(config: Config, scratch: Path) -> Path:
+    """A local model directory with the starting weights.
+
+    Raises:
+        ConfigurationError: `model.path` or `model.start_from` names nothing that is there.
+    """
+    if config.model.start_from is not None:
+        uri, _, step = config.model.start_from.partition("@")
+        other = open_run(uri)
+        head = other.head()
+        if head is None or (step and not step.isdigit()):
+            raise ConfigurationError(
+                f"model.start_from {config.model.start_from}: no such checkpoint; try `npo show {uri}`"
+            )
+        ref = main_line_checkpoint(other, int(step) if step else None)
+        return other.checkout(ref, scratch, weights_only=True).weights
+    if config.model.path == "testbed":
+        return testbed.model_dir()
+    path = Path(config.model.path).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(config.model.path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigurationError(
+            f"model.path {config.model.path!r} is neither `testbed`, nor a directory, nor a hub name that can be "
+            f"downloaded ({type(error).__name__}); check the spelling or download it first"
+        ) from error
+
+
+def weights_digest(model_dir: Path) -> str:
+    """SHA-256 over the names and bytes of a model directory's weights and `config.json`."""
+    files = [*sorted(model_dir.glob("*.safetensors")), model_dir / "config.json"]
+    return digest_json([[file.name, digest_bytes(file.read_bytes())] for file in files])
+
+
+def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
+    """Writes the run's record, and then everything that the record speaks of."""
+    model_dir = starting_model(config, scratch / "source")
+    if not any(model_dir.glob("*.safetensors")):
+        raise ConfigurationError(f"model.path {model_dir} holds no .safetensors file; other formats are not loaded")
+    tokenizer_dir = scratch / "tokenizer"
+    transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True).save_pretrained(tokenizer_dir)
+    digests = {
+        "model_digest": weights_digest(model_dir),
+        "tokenizer_digest": digest_json(
+            {f.name: digest_bytes(f.read_bytes()) for f in sorted(tokenizer_dir.iterdir())}
+        ),
+        "verifier": load_verifier(config).name,
+    }
+    train, held_out = load_source(config)
+    prompts = to_arrow(train, held_out)
+    digests["prompts_digest"] = prompts_digest(prompts)
+    recipe = config.recipe()
+    record = run.create_run(
+        RunRecord(
+            run_id=config.run.name,
+            recipe=recipe,
+            config=config.model_dump(mode="json"),
+            recipe_digest=digest_json([_leg_recipe(recipe), digests]),
+            created_at=now(),
+            **digests,
+        )
+    )
+    run.put_prompts(prompts)
+    run.put_model(model_dir, tokenizer_dir, environment=environment(config))
+    return record
+
+
+def _leg_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The part of the recipe that a leg depends on: not which legs there are to be."""
+    algorithm = {name: value for name, value in recipe["algorithm"].items() if name != "method"}
+    return {name: value for name, value in recipe.items() if name != "future"} | {"algorithm": algorithm}
+
+
+def _copy_weights(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for file in source.glob("*.safetensors"):
+        shutil.copyfile(file, target / file.name)
+    for name in ("config.json", "model.safetensors.index.json"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """`field was X, is Y` for every leaf that differs."""
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} was {old}, is {new}"

@@ -1,0 +1,208 @@
+"""A run's checkpoints, and the model files that they share. Loading never unpickles: only safetensors and plain text
+get in or out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import TypedDict
+
+from safetensors import SafetensorError, safe_open
+
+from npo_core.faults import fault_point
+from npo_core.interfaces import LocalCheckpoint, NearFutureError, Store
+from npo_core.store import StoreError
+from schemas import layout
+from schemas.digest import digest_json
+from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest
+
+Environment = Mapping[str, str]
+ALLOWED_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model")
+_FOLDERS = {"weights": "weights", "model": "weights", "optimizer": "optimizer", "state": "."}
+"""Where a file lies in a checkpoint's directory, by its role (see `LocalCheckpoint`)."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        store: holds the run under the folder `run_id`.
+        run_id: the run's name.
+    """
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self.store = store.within(run_id)
+        self.run_id = run_id
+        self.uri = self.store.root
+
+    def put_model(self, *directories: Path, environment: Environment | None = None) -> Manifest:
+        """Stores, once a run, what model directories hold beside weights: configuration, tokenizer, chat template.
+        Where two hold a file of one name, the later directory's counts.
+
+        Raises:
+            NearFutureError: there is no config.json.
+        """
+        chosen = {path.name: path for directory in directories for path in sorted(directory.iterdir())}
+        files = tuple(
+            self.store.put_data(layout.MODEL, name, "model", path)
+            for name, path in sorted(chosen.items())
+            if path.is_file() and name.endswith(ALLOWED_SUFFIXES) and not _is_weights(name)
+        )
+        if not any(entry.name == "config.json" for entry in files):
+            raise NearFutureError(f"{directories[0]} holds no config.json; give a transformers model directory")
+        return self.store.commit(layout.MODEL, Manifest(kind="model", files=files, **origin(environment or {})))
+
+    def model(self) -> Manifest | None:
+        """What `put_model` committed."""
+        return self.store.read(layout.manifest(layout.MODEL), Manifest)
+
+    def checkout_model(self, directory: Path) -> Path:
+        """Copies the model files into a directory, every hash checked, and returns it."""
+        manifest = self.model()
+        if manifest is None:
+            raise StoreError(f"{self.uri}/{layout.MODEL} holds no model files; restore them from a copy")
+        for entry in manifest.files:
+            self._fetch(entry, directory / entry.name)
+        return directory
+
+    def checkpoint(self, leg_id: str, step: int) -> CheckpointManifest | None:
+        """A leg's checkpoint at a step."""
+        return self.store.read(layout.manifest(layout.checkpoint(leg_id, step)), CheckpointManifest)
+
+    def checkpoints(self, leg_id: str) -> list[CheckpointManifest]:
+        """A leg's checkpoints by step."""
+        steps = sorted(int(name) for name in self.store.list(layout.checkpoints(leg_id)) if name.isdigit())
+        return [found for step in steps if (found := self.checkpoint(leg_id, step)) is not None]
+
+    def require_checkpoint(self, leg_id: str, step: int) -> CheckpointManifest:
+        """A leg's checkpoint at a step.
+
+        Raises:
+            NearFutureError: there is none; names the steps that there are.
+        """
+        found = self.checkpoint(leg_id, step)
+        if found is None:
+            present = ", ".join(str(manifest.step) for manifest in self.checkpoints(leg_id)) or "none"
+            raise NearFutureError(
+                f"leg {leg_id} of run {self.run_id} has no checkpoint at step {step}; choose a step of: {present}"
+            )
+        return found
+
+    def commit_checkpoint(
+        self, leg_id: str, step: int, directory: Path, environment: Environment
+    ) -> CheckpointManifest:
+        """Commits a checkpoint from a directory that is laid out as `LocalCheckpoint`.
+
+        Raises:
+            NearFutureError: no weights, or a file that could hold a pickle.
+        """
+        folder = layout.checkpoint(leg_id, step)
+        files = tuple(self.store.put_data(folder, path.name, role, path) for role, path in _checkpoint_files(directory))
+        manifest = CheckpointManifest(
+            files=files,
+            leg_id=leg_id,
+            step=step,
+            digest=files_digest(files),
+            weights_digest=files_digest(entry for entry in files if entry.role == "weights"),
+            **origin(environment),
+        )
+        fault_point("checkpoint-data")
+        committed = self.store.commit(folder, manifest)
+        fault_point("checkpoint-manifest")
+        return committed
+
+    def checkout(self, ref: CheckpointRef, directory: Path, weights_only: bool = False) -> LocalCheckpoint:
+        """Copies a checkpoint into a local directory, every hash checked.
+
+        Args:
+            weights_only: leave optimizer and state out.
+
+        Raises:
+            NearFutureError: there is no such checkpoint, it is another one than `ref` says, or it holds a file that
+                could hold a pickle.
+        """
+        manifest = self.require_checkpoint(ref.leg_id, ref.step)
+        if manifest.digest != ref.digest:
+            raise StoreError(
+                f"the checkpoint of leg {ref.leg_id} at step {ref.step} has digest {manifest.digest[:12]}, not "
+                f"{ref.digest[:12]} as it is referred to; restore it from a copy"
+            )
+        for entry in manifest.files:
+            if entry.role == "weights" or not weights_only:
+                self._fetch(entry, directory / _FOLDERS[entry.role] / entry.name)
+        self.checkout_model(directory / _FOLDERS["model"])
+        return LocalCheckpoint(directory, manifest.digest, manifest.step)
+
+    def _fetch(self, entry: FileEntry, target: Path) -> None:
+        require_safe_name(entry.name)
+        self.store.fetch(entry, target)
+        _require_safetensors(target)
+
+
+def require_safe_name(name: str) -> None:
+    """Refuses a file that could hold a pickle or leave its directory.
+
+    Raises:
+        NearFutureError: names the file and says why.
+    """
+    if PurePosixPath(name).name != name or not name.endswith(ALLOWED_SUFFIXES):
+        raise NearFutureError(
+            f"checkpoint file {name!r} is refused: only {', '.join(ALLOWED_SUFFIXES)} files belong into a checkpoint, "
+            "for a pickle can run code; save the model as safetensors"
+        )
+
+
+def files_digest(files: Iterable[FileEntry]) -> str:
+    """SHA-256 over (role, name, sha256) of files, sorted: what they hold, wherever they lie."""
+    return digest_json(sorted([entry.role, entry.name, entry.sha256] for entry in files))
+
+
+class Origin(TypedDict):
+    """The fields of a manifest that say who wrote it and when."""
+
+    nonce: str
+    created_at: str
+    environment: dict[str, str]
+
+
+def origin(environment: Environment) -> Origin:
+    """This writer, now."""
+    return Origin(nonce=secrets.token_hex(16), created_at=datetime.now(UTC).isoformat(), environment=dict(environment))
+
+
+def _checkpoint_files(directory: Path) -> list[tuple[str, Path]]:
+    """(role, path) of the files that a checkpoint stores; a run's model files are not among them."""
+    found = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        require_safe_name(path.name)
+        _require_safetensors(path)
+        folder = path.parent.relative_to(directory).as_posix()
+        if folder == "weights" and _is_weights(path.name):
+            found.append(("weights", path))
+        elif folder == "optimizer":
+            found.append(("optimizer", path))
+        elif folder == "." and path.name == "state.json":
+            found.append(("state", path))
+    if not any(role == "weights" for role, _ in found):
+        raise NearFutureError(f"{directory} holds no weights/*.safetensors; save the policy as safetensors")
+    return found
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a file of a model directory is weights or the index of their shards."""
+    return name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _require_safetensors(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise NearFutureError(
+            f"checkpoint file {path.name!r} is refused: it is named as safetensors and is none ({error}); "
+            "save the model as safetensors"
+        ) from error

@@ -1,0 +1,123 @@
+"""Runs side by side: held-out accuracy at equal main-line steps, equal trained steps and equal generated tokens.
+
+Main-line steps alone flatter a method that looks ahead, so every table stands beside those that charge it for its
+scouts, its guides and what it discarded. Between two evaluations a run has the accuracy of the earlier one: nothing is
+interpolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import polars as pl
+
+from npo_core import views
+from npo_core.artifacts import RunArtifacts
+from npo_core.interfaces import NearFutureError
+
+AXES = {"main_steps": "step", "trained_steps": "trained_steps", "total_tokens": "total_tokens"}
+"""What is held equal, and the column of `views.evaluations` that measures it."""
+
+BUDGET_SHARE = 0.6
+"""The target is what the first run reaches at this share of its own main-line steps."""
+SMOOTHING = 3
+"""Evaluations whose mean must reach the target."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """When a run reached the target accuracy; None in every field but `run` if it never did (censored)."""
+
+    run: str
+    main_steps: int | None
+    trained_steps: int | None
+    total_tokens: int | None
+
+
+def compare(runs: Sequence[RunArtifacts]) -> dict[str, Any]:
+    """Held-out accuracy of several runs at equal cost, and what each needed to reach the first run's target.
+
+    Returns:
+        `rows` [{axis, at, run, accuracy}]: for each axis of `AXES`, at every cost where the first run was evaluated or
+        another one ended; `accuracy` is None beyond a run's end. `target`, None if the first run has fewer than three
+        evaluations. `steps_to_accuracy` [{run, main_steps, trained_steps, total_tokens, speedup{axis: ratio}}]: the
+        cost at the first evaluation at which the mean of it and the two before it reaches the target; the ratio is the
+        first run's cost over the run's.
+
+    Raises:
+        NearFutureError: a run has no evaluation of its main line, or two have the same name.
+    """
+    curves = {run.uri: curve(run) for run in runs}
+    if len(curves) < len(runs):
+        raise NearFutureError("the same run is named twice; name each run once")
+    names = list(curves)
+    rows = [
+        {"axis": axis, "at": at, "run": name, "accuracy": accuracy_at(curves[name], column, at)}
+        for axis, column in AXES.items()
+        for at in _grid(list(curves.values()), column)
+        for name in names
+    ]
+    target = target_accuracy(curves[names[0]])
+    if target is None:
+        return {"rows": rows, "target": None, "steps_to_accuracy": []}
+    reached = [steps_to_accuracy(name, curves[name], target) for name in names]
+    return {
+        "rows": rows,
+        "target": target,
+        "steps_to_accuracy": [{**asdict(r), "speedup": _speedup(asdict(reached[0]), asdict(r))} for r in reached],
+    }
+
+
+def curve(run: RunArtifacts) -> pl.DataFrame:
+    """The main line's evaluations by step: `step`, `trained_steps`, `total_tokens`, `accuracy`.
+
+    Raises:
+        NearFutureError: there is none.
+    """
+    found = views.evaluations(run, views.steps(run)).filter("main_line").sort("step")
+    if found.is_empty():
+        raise NearFutureError(
+            f"run {run.uri} has no evaluation of its main line; set evaluation.every and run it again"
+        )
+    return found.select("step", "trained_steps", "total_tokens", "accuracy")
+
+
+def accuracy_at(points: pl.DataFrame, column: str, at: int) -> float | None:
+    """Accuracy at the last evaluation that cost at most `at`; None if the run ended before, or had not begun."""
+    if at > points[column].max():  # type: ignore[operator]
+        return None
+    before = points.filter(pl.col(column) <= at)
+    return None if before.is_empty() else float(before["accuracy"][-1])
+
+
+def smoothed(points: pl.DataFrame) -> pl.DataFrame:
+    """The curve with `mean`: of each evaluation and the two before it (null for the first two)."""
+    return points.with_columns(mean=pl.col("accuracy").rolling_mean(SMOOTHING))
+
+
+def target_accuracy(points: pl.DataFrame) -> float | None:
+    """The smoothed accuracy of a run at `BUDGET_SHARE` of its main-line steps; None if it is not defined there."""
+    budget = BUDGET_SHARE * float(points["step"][-1])
+    at = smoothed(points).filter(pl.col("step") <= budget)
+    return None if at.is_empty() else at["mean"][-1]
+
+
+def steps_to_accuracy(name: str, points: pl.DataFrame, target: float) -> Reached:
+    """The cost at the first evaluation whose smoothed accuracy reaches `target`."""
+    # Rolling sums round: a run must reach its own target.
+    found = smoothed(points).filter(pl.col("mean") >= target - 1e-12)
+    if found.is_empty():
+        return Reached(name, None, None, None)
+    first = found.row(0, named=True)
+    return Reached(name, first["step"], first["trained_steps"], first["total_tokens"])
+
+
+def _grid(curves: Sequence[pl.DataFrame], column: str) -> list[int]:
+    ends = {int(points[column][-1]) for points in curves}
+    return sorted(set(curves[0][column].to_list()) | ends)
+
+
+def _speedup(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float | None]:
+    return {axis: first[axis] / other[axis] if first[axis] and other[axis] else None for axis in AXES}

@@ -1,0 +1,92 @@
+"""Reads a configuration from YAML and overrides; says in one message what is wrong with it, and what was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from npo_core.interfaces import ConfigurationError
+from schemas.config import Config
+
+
+def load_config(path: str | Path, overrides: Sequence[str]) -> Config:
+    """The configuration in a YAML file, with overrides such as `learner.learning_rate=3e-4` applied.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or a key, type or value is wrong; names each, one a line.
+    """
+    try:
+        text = Path(path).expanduser().read_text()
+    except OSError as error:
+        raise ConfigurationError(f"configuration {path} cannot be read: {error.strerror}") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"configuration {path} must hold sections (run:, data:, …), not {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        faults = "\n  ".join(_messages(error))
+        raise ConfigurationError(f"configuration {path} is wrong:\n  {faults}") from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Sets a dotted key; a number in it indexes a list."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigurationError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"override {override!r}: the value is not YAML") from error
+    *parents, last = key.split(".")
+    node: Any = values
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"override {override!r}: there is no {key} to set") from error
+
+
+def _messages(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors():
+        where = ".".join(map(str, fault["loc"]))
+        match fault["type"]:
+            case "extra_forbidden":
+                yield f"{where}: unknown key{_nearest(fault['loc'])}"
+            case "missing":
+                yield f"{where}: is required"
+            case "value_error":
+                yield f"{where + ': ' if where else ''}{fault['ctx']['error']}"
+            case _:
+                given = fault["input"]
+                shown = repr(given) if not isinstance(given, dict) else "a section"
+                yield f"{where} = {shown}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    """`; did you mean …?` with the closest known keys of the section that `location` is in."""
+    model: Any = Config
+    for part in location[:-1]:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section(model.model_fields[part].annotation)
+    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(model.model_fields)}"
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    """The model that a field holds, or holds a list of."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return Config

@@ -1,0 +1,40 @@
+"""The generator and the learner of a run, around one policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from npo_core.generate import TransformersGenerator
+from npo_core.interfaces import Generator, Learner
+from npo_core.learner import TorchLearner
+from npo_core.policy import Policy
+from schemas.config import Config
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What samples and what learns."""
+
+    generator: Generator
+    learner: Learner
+
+    @classmethod
+    def build(
+        cls, config: Config, model_dir: Path, starting_policy: Callable[[Callable[[Path], Policy]], Policy]
+    ) -> Engine:
+        """transformers and torch in this process, sharing one set of weights.
+
+        Args:
+            config: the run's.
+            model_dir: a transformers model directory.
+            starting_policy: loads the reference of the KL term by the function it is given; called iff it is needed.
+        """
+
+        def load(path: Path) -> Policy:
+            return Policy(path, config.model, config.learner)
+
+        policy = load(model_dir)
+        reference = starting_policy(load) if config.algorithm.kl_beta > 0 else None
+        return cls(TransformersGenerator(policy, config.rollout.max_rows), TorchLearner(policy, config, reference))

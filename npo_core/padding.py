@@ -1,0 +1,55 @@
+"""From ragged rows to padded tensors and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pad_left(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids_BL int64, mask_BL int64): rows end at the right edge, as generation wants them. Pads are id 0, masked."""
+    width = max(len(row) for row in rows)
+    ids_BL, mask_BL = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        ids_BL[i, width - len(row) :] = row
+        mask_BL[i, width - len(row) :] = 1
+    return torch.from_numpy(ids_BL).to(device), torch.from_numpy(mask_BL).to(device)
+
+
+def pad_right(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids_BL int64, mask_BL int64): rows begin at the left edge, as training wants them. Pads are id 0, masked."""
+    width = max(len(row) for row in rows)
+    ids_BL, mask_BL = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        ids_BL[i, : len(row)] = row
+        mask_BL[i, : len(row)] = 1
+    return torch.from_numpy(ids_BL).to(device), torch.from_numpy(mask_BL).to(device)
+
+
+def positions(mask_BL: Tensor) -> Tensor:
+    """Position ids counted over real tokens, int64 [B, L]; pads get 0."""
+    return (mask_BL.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def length_sorted_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Row indices, longest first, in micro-batches of at most `max_tokens` padded tokens (and at least one row)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def pad_rows(rows: Sequence[np.ndarray | None], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Values [B, width], right-padded with 0; a row that is None is all 0."""
+    values_BT = np.zeros((len(rows), width))
+    for i, row in enumerate(rows):
+        if row is not None:
+            values_BT[i, : len(row)] = row
+    return torch.from_numpy(values_BT).to(device, dtype)

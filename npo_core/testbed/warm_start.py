@@ -1,0 +1,176 @@
+"""Makes the testbed's starting policy: supervised learning on demonstrations in which each step may follow a habit.
+
+The policy then knows the right and the wrong rule of every family, as a pretrained model does. Run
+`python -m npo_core.testbed.warm_start --to DIR` to make the shipped model again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from npo_core.streams import philox
+from npo_core.testbed.families import FAMILIES, draw
+from npo_core.testbed.tokenizer import END, PAD, VOCABULARY, build_tokenizer
+from schemas.digest import digest_bytes
+
+IGNORED = -100
+"""Label of a token that is not learned: prompt and padding."""
+
+
+@dataclass(frozen=True)
+class WarmStartRecipe:
+    """Everything that the weights depend on, besides the torch build."""
+
+    seed: int = 0
+    threads: int = 1
+    steps: int = 1800
+    """AdamW steps."""
+    batch: int = 64
+    """Demonstrations a step."""
+    habit: float = 0.4
+    """Probability that a step of a demonstration follows the wrong habit."""
+    min_length: int = 4
+    max_length: int = 12
+    """Input symbols of a demonstration, uniform between the two."""
+    learning_rate: float = 2e-3
+    """Peak."""
+    warmup_steps: int = 50
+    final_fraction: float = 0.1
+    """Learning rate of the last step, as a fraction of the peak; the decay is linear."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    hidden: int = 96
+    layers: int = 3
+    heads: int = 4
+    head_dim: int = 24
+    mlp: int = 288
+    rope_theta: float = 10_000.0
+    max_positions: int = 64
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        return self.learning_rate * (1 - (1 - self.final_fraction) * done)
+
+
+def build_model(recipe: WarmStartRecipe) -> Qwen3ForCausalLM:
+    """The untrained model, float32; initial weights come from torch's global generator."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(VOCABULARY),
+            hidden_size=recipe.hidden,
+            intermediate_size=recipe.mlp,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.heads,
+            head_dim=recipe.head_dim,
+            max_position_embeddings=recipe.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
+            tie_word_embeddings=True,
+            pad_token_id=VOCABULARY.index(PAD),
+            eos_token_id=VOCABULARY.index(END),
+            bos_token_id=None,
+            dtype="float32",
+        )
+    )
+
+
+def demonstrations(
+    recipe: WarmStartRecipe, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """One batch: (token ids, labels), int64 [B, L+T], right-padded; the labels hold the working and its end token."""
+    rows = []
+    for _ in range(recipe.batch):
+        family = FAMILIES[rng.integers(len(FAMILIES))]
+        problem = draw(family, int(rng.integers(recipe.min_length, recipe.max_length + 1)), rng)
+        habits = (rng.random(len(problem.digits)) < recipe.habit).tolist()
+        rows.append((tokenizer.encode(problem.text), tokenizer.encode(problem.working(habits) + END)))
+    width = max(len(prompt) + len(working) for prompt, working in rows)
+    ids_BT = torch.full((recipe.batch, width), tokenizer.pad_token_id)
+    labels_BT = torch.full((recipe.batch, width), IGNORED)
+    for row, (prompt, working) in enumerate(rows):
+        stop = len(prompt) + len(working)
+        ids_BT[row, :stop] = torch.tensor(prompt + working)
+        labels_BT[row, len(prompt) : stop] = torch.tensor(working)
+    return ids_BT, labels_BT
+
+
+def train(recipe: WarmStartRecipe, target: Path, on_step: Callable[[int, float], None] | None = None) -> str:
+    """Trains the policy and writes a model directory: configuration, weights, tokenizer, and `recipe.json`.
+
+    Args:
+        recipe: what to do.
+        target: directory; created if absent.
+        on_step: called after each step with its number, from 0, and its loss in nats a token.
+
+    Returns:
+        Hexadecimal SHA-256 of `model.safetensors`; equal recipes give equal weights on one torch build.
+    """
+    tokenizer = build_tokenizer()
+    rng = philox("warm start", recipe.seed)
+    with _deterministic(recipe):
+        model = build_model(recipe).train()
+        optimizer = torch.optim.AdamW(model.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay)
+        for step in range(recipe.steps):
+            ids_BT, labels_BT = demonstrations(recipe, tokenizer, rng)
+            # Causal attention: right padding needs no mask, nothing that is learned looks at it.
+            logits_BTV = model(input_ids=ids_BT).logits[:, :-1]
+            loss = cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate_at(step)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+            optimizer.step()
+            if on_step is not None:
+                on_step(step, loss.item())
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    digest = digest_bytes((target / "model.safetensors").read_bytes())
+    document = {"recipe": asdict(recipe), "sha256": digest, "torch": torch.__version__}
+    (target / "recipe.json").write_text(json.dumps(document, indent=2) + "\n")
+    return digest
+
+
+@contextlib.contextmanager
+def _deterministic(recipe: WarmStartRecipe) -> Iterator[None]:
+    """The recipe's seed and threads, and the caller's again afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """Makes the shipped model again."""
+    parser = argparse.ArgumentParser(description="Make the testbed's starting policy.")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="model directory to write")
+    recipe = WarmStartRecipe()
+
+    def report(step: int, loss: float) -> None:
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}/{recipe.steps}  loss {loss:.3f}", flush=True)
+
+    print(train(recipe, parser.parse_args().to, report))
+
+
+if __name__ == "__main__":
+    main()

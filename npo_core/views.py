@@ -1,0 +1,285 @@
+"""What a run says when it is read: frames and plain dictionaries behind the read-only commands and the report.
+
+Parquet is scanned lazily, and only the files that committed manifests name: debris in the store is never read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from npo_core import lineage
+from npo_core.artifacts import RunArtifacts, runs
+from npo_core.interfaces import NearFutureError, Store
+from schemas import tables
+from schemas.records import EvalManifest, Head, LegRecord, Manifest, SegmentManifest
+
+READABLE = (
+    "leg_id",
+    "step",
+    "prompt_id",
+    "task",
+    "slot",
+    "source",
+    "behavior_step",
+    "reward",
+    "correct",
+    "verdict",
+    "finish_reason",
+    "advantage",
+    "group_accuracy",
+    "displaced",
+    "entropy",
+    "text",
+)
+"""Columns of a trajectory that a person reads; tokens and log-probabilities are in the export."""
+
+
+def scan(run: RunArtifacts, manifests: Sequence[Manifest], role: str, schema: pa.Schema) -> pl.LazyFrame:
+    """The rows of one role over many artifacts, lazily; an empty frame of `schema` if there are none."""
+    paths = [f"{run.uri}/{manifest.file(role).key}" for manifest in manifests]
+    # No globbing: a store's path may itself hold brackets or stars.
+    return pl.scan_parquet(paths, glob=False) if paths else pl.DataFrame(schema.empty_table()).lazy()
+
+
+def collect(rows: pl.LazyFrame) -> pl.DataFrame:
+    """Reads a lazy frame.
+
+    Raises:
+        NearFutureError: a data file is missing or damaged.
+    """
+    try:
+        return rows.collect()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise NearFutureError(
+            f"a Parquet file of the run cannot be read ({str(error).splitlines()[0]}); `npo verify RUN` names the "
+            "damaged files, restore them from a copy"
+        ) from error
+
+
+def segments(run: RunArtifacts) -> dict[str, list[SegmentManifest]]:
+    """Every leg's committed segments, by leg in the order of the legs."""
+    return {leg.leg_id: run.segments(leg.leg_id) for leg in run.legs()}
+
+
+def trajectories(run: RunArtifacts, step: int | None = None) -> pl.LazyFrame:
+    """Every committed trajectory row, lazily (`schemas.tables.TRAJECTORIES`); of one step if it is given."""
+    every = itertools.chain.from_iterable(segments(run).values())
+    chosen = [segment for segment in every if step is None or segment.start <= step < segment.stop]
+    rows = scan(run, chosen, "rollouts", tables.TRAJECTORIES)
+    return rows if step is None else rows.filter(pl.col("step") == step)
+
+
+def steps(run: RunArtifacts) -> pl.DataFrame:
+    """One row a committed step of every leg, by leg and step.
+
+    Beside the columns of `schemas.tables.METRICS`: `kind` of the leg; `guided`, whether it has a guide; `main_line`,
+    whether the head descends from the step; `trained_steps` and `total_tokens`, what it took in all to have the policy
+    after this step: its own line's steps and completion tokens, and those of every scout and guide that it depended on
+    (`lineage.line_costs`). Evaluation is no training and is not in it.
+
+    Raises:
+        NearFutureError: a metrics file is damaged, or lacks a committed step.
+    """
+    legs, guides = run.legs(), run.guides()
+    done = segments(run)
+    taken = collect(scan(run, list(itertools.chain.from_iterable(done.values())), "metrics", tables.METRICS))
+    tokens: dict[str, dict[int, int]] = {leg.leg_id: {} for leg in legs}
+    for leg_id, step, sampled in taken.select("leg_id", "step", pl.col("tokens/policy").cast(pl.Int64)).iter_rows():
+        tokens[leg_id][step] = sampled
+    for segment in itertools.chain.from_iterable(done.values()):
+        if absent := [step for step in range(segment.start, segment.stop) if step not in tokens[segment.leg_id]]:
+            raise NearFutureError(
+                f"the metrics of leg {segment.leg_id} lack its steps {absent}, which are committed; `npo verify RUN` "
+                "names the damaged file, restore it from a copy"
+            )
+    line = {stretch.leg.leg_id: stretch for stretch in lineage.main_line(legs, run.head())}
+    rows = [
+        {
+            "leg_id": leg.leg_id,
+            "step": cost.step,
+            "kind": leg.kind,
+            "guided": leg.guide_id is not None,
+            "main_line": leg.leg_id in line and line[leg.leg_id].holds(cost.step),
+            "trained_steps": cost.total_steps,
+            "total_tokens": cost.total_tokens,
+        }
+        for leg in legs
+        # A leg's costs are those of the line which it would be the tip of.
+        for cost in lineage.line_costs(_line_to(leg, legs), legs, guides, tokens)
+        if cost.leg_id == leg.leg_id
+    ]
+    schema = {
+        "leg_id": pl.String,
+        "step": pl.Int32,
+        "kind": pl.String,
+        "guided": pl.Boolean,
+        "main_line": pl.Boolean,
+        "trained_steps": pl.Int64,
+        "total_tokens": pl.Int64,
+    }
+    return pl.DataFrame(rows, schema=schema).join(
+        taken, on=["leg_id", "step"], how="left", maintain_order="left"
+    )
+
+
+def _line_to(leg: LegRecord, legs: Sequence[LegRecord]) -> list[lineage.Stretch]:
+    return lineage.main_line(legs, Head(leg_id=leg.leg_id, epoch=0))
+
+
+def metrics(run: RunArtifacts) -> pl.DataFrame:
+    """The main line, one row a step: its metrics, with `trained_steps` and `total_tokens` as in `steps`."""
+    return steps(run).filter("main_line").drop("main_line").sort("step")
+
+
+def evaluations(run: RunArtifacts, taken: pl.DataFrame) -> pl.DataFrame:
+    """One row an evaluated checkpoint: `leg_id`, `kind`, `step`, `main_line`, `accuracy`, `entropy`, `samples`, and
+    the `trained_steps` and `total_tokens` spent when it was reached.
+
+    Args:
+        run: the run.
+        taken: its `steps`.
+    """
+    kinds = {leg.leg_id: leg.kind for leg in run.legs()}
+    line = {s.leg.leg_id: s for s in lineage.main_line(run.legs(), run.head())}
+    rows = [
+        {
+            "eval_id": e.eval_id,
+            "leg_id": e.checkpoint.leg_id,
+            "kind": kinds.get(e.checkpoint.leg_id),
+            "step": e.checkpoint.step,
+            # The checkpoint at a stretch's stop is still the main line's: the next leg starts from it.
+            "main_line": (s := line.get(e.checkpoint.leg_id)) is not None
+            and s.start <= e.checkpoint.step
+            and (s.stop is None or e.checkpoint.step <= s.stop),
+            "accuracy": e.accuracy,
+            "entropy": e.entropy,
+            "samples": e.samples_per_prompt,
+        }
+        for e in sorted(run.evaluations(), key=lambda e: (e.samples_per_prompt, e.created_at))
+    ]
+    schema = {
+        "eval_id": pl.String,
+        "leg_id": pl.String,
+        "kind": pl.String,
+        "step": pl.Int32,
+        "main_line": pl.Boolean,
+        "accuracy": pl.Float64,
+        "entropy": pl.Float64,
+        "samples": pl.Int64,
+    }
+    spent = taken.select("leg_id", "trained_steps", "total_tokens", step=pl.col("step") + 1)
+    return (
+        pl.DataFrame(rows, schema=schema)
+        .unique(["leg_id", "step"], keep="last", maintain_order=True)
+        .join(spent, on=["leg_id", "step"], how="left")
+        .with_columns(pl.col("trained_steps", "total_tokens").fill_null(0))
+        .sort("trained_steps", "step")
+    )
+
+
+def main_evaluations(run: RunArtifacts) -> list[EvalManifest]:
+    """The main line's evaluations by step, one a checkpoint."""
+    chosen = evaluations(run, steps(run)).filter("main_line").sort("step")
+    return [run.evaluation(eval_id) for eval_id in chosen["eval_id"]]
+
+
+def ls(store: Store) -> list[dict[str, Any]]:
+    """The runs of a store, by name: `run` (URI), `run_id`, `method`, `head_step`, `accuracy` (the last of the main
+    line, None without an evaluation), `created_at`."""
+    found = []
+    for name in runs(store):
+        run = RunArtifacts(store, name)
+        record = run.record()
+        scores = main_evaluations(run)
+        found.append(
+            {
+                "run": run.uri,
+                "run_id": record.run_id,
+                "method": record.recipe.get("algorithm", {}).get("method"),
+                "head_step": head_step(run),
+                "accuracy": scores[-1].accuracy if scores else None,
+                "created_at": record.created_at,
+            }
+        )
+    return found
+
+
+def head_step(run: RunArtifacts) -> int:
+    """Optimizer steps of the main line that are committed."""
+    return lineage.line_stop(lineage.main_line(run.legs(), run.head()), segments(run))
+
+
+def show(run: RunArtifacts) -> dict[str, Any]:
+    """The tree of legs, the head, the interventions and the token counts.
+
+    Returns:
+        `legs` [{leg_id, kind, parent, parent_step, start, stop, status, guide_id}], `head` {leg_id, epoch, step} or
+        None, `interventions` (decision records that intervene), `tokens` {policy, guide, discarded}.
+    """
+    legs, head, done = run.legs(), run.head(), segments(run)
+    line = lineage.main_line(legs, head)
+    return {
+        "run": run.uri,
+        "legs": [
+            {
+                "leg_id": leg.leg_id,
+                "kind": leg.kind,
+                "parent": leg.parent.leg_id if leg.parent else None,
+                "start": leg.start,
+                "stop": done[leg.leg_id][-1].stop if done[leg.leg_id] else leg.start,
+                "status": lineage.status(leg, line, done[leg.leg_id]),
+                "guide_id": leg.guide_id,
+            }
+            for leg in legs
+        ],
+        "head": None if head is None else {"leg_id": head.leg_id, "epoch": head.epoch, "step": head_step(run)},
+        "interventions": [d.model_dump(mode="json") for d in run.decisions() if d.intervene],
+        "tokens": asdict(lineage.count_tokens(line, done, run.guides())),
+    }
+
+
+def select(
+    run: RunArtifacts,
+    step: int | None = None,
+    prompt: str | None = None,
+    source: str | None = None,
+    min_reward: float | None = None,
+) -> pl.LazyFrame:
+    """Trajectory rows that meet every given condition, lazily, sorted by leg, step, prompt, slot and source."""
+    rows = trajectories(run, step)
+    if prompt is not None:
+        rows = rows.filter(pl.col("prompt_id") == prompt)
+    if source is not None:
+        rows = rows.filter(pl.col("source") == source)
+    if min_reward is not None:
+        rows = rows.filter(pl.col("reward") >= min_reward)
+    return rows.sort("leg_id", "step", "prompt_id", "slot", "source")
+
+
+def inspect(
+    run: RunArtifacts,
+    step: int | None = None,
+    prompt: str | None = None,
+    source: str | None = None,
+    min_reward: float | None = None,
+    limit: int = 20,
+) -> pl.DataFrame:
+    """The first `limit` trajectories that meet the conditions, with the prompt's words (`prompt`) and `READABLE`."""
+    rows = collect(select(run, step, prompt, source, min_reward).select(READABLE).head(limit))
+    words = prompt_words(run)
+    return rows.with_columns(
+        prompt=pl.col("prompt_id").replace_strict(words, default="", return_dtype=pl.String) if words else pl.lit("")
+    )
+
+
+def prompt_words(run: RunArtifacts) -> dict[str, str]:
+    """What each prompt asks, by `prompt_id`: the contents of its messages, a line each."""
+    rows = run.prompts().select(["prompt_id", "messages"]).to_pylist()
+    return {row["prompt_id"]: "\n".join(m["content"] for m in json.loads(row["messages"])) for row in rows}

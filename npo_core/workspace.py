@@ -1,0 +1,226 @@
+"""A run as its stages see it: configuration, artifacts, prompts, verifier, and the engine that holds a policy."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from npo_core import lineage
+from npo_core.artifacts import RunArtifacts
+from npo_core.engine import Engine
+from npo_core.guide import GuideTrajectory, read_guide
+from npo_core.interfaces import LocalCheckpoint, NearFutureError, Prompt
+from npo_core.policy import Policy
+from npo_core.prompts import PromptTable, encode, load_verifier
+from npo_core.segment import LegContext
+from schemas.config import Config
+from schemas.records import CheckpointRef, GuideManifest, LegRecord, RunRecord
+
+
+class Workspace:
+    """One run, open in this process.
+
+    Args:
+        config: the configuration; its recipe is the run's.
+        run: the run's artifacts.
+        record: the run's record.
+    """
+
+    def __init__(self, config: Config, run: RunArtifacts, record: RunRecord) -> None:
+        self.config, self.run, self.record = config, run, record
+        # Exactness: the same kernels in the same order, whoever started the process. Before the first tensor.
+        torch.set_num_threads(config.learner.threads)
+        torch.use_deterministic_algorithms(True)
+        self._scratch = tempfile.TemporaryDirectory(prefix="near-future-")
+        self._engine: Engine | None = None
+        self._holds: tuple[str, bool] | None = None
+
+    @property
+    def scratch(self) -> Path:
+        """A directory of this process."""
+        return Path(self._scratch.name)
+
+    @cached_property
+    def prompts(self) -> PromptTable:
+        """The run's prompts, as they were frozen when it began."""
+        return PromptTable.from_arrow(self.run.prompts(), self.config.run.seed, self.config.rollout.prompts_per_step)
+
+    @cached_property
+    def verifier(self) -> Any:
+        """The run's verifier.
+
+        Raises:
+            NearFutureError: it is another one than the run began with.
+        """
+        verifier = load_verifier(self.config)
+        if verifier.name != self.record.verifier:
+            raise NearFutureError(
+                f"the run {self.run.uri} was verified by {self.record.verifier}, this installation has {verifier.name}; "
+                "go on with the version that began the run, or begin another run"
+            )
+        return verifier
+
+    @cached_property
+    def model_dir(self) -> Path:
+        """The run's model configuration and tokenizer, without weights."""
+        return self.run.checkout_model(self.scratch / "model")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The run's tokenizer."""
+        return transformers.AutoTokenizer.from_pretrained(self.model_dir, local_files_only=True)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: the tokenizer's end token and the model's."""
+        ids = {self.tokenizer.eos_token_id}
+        with contextlib.suppress(OSError):
+            eos = transformers.GenerationConfig.from_pretrained(self.model_dir, local_files_only=True).eos_token_id
+            ids |= set(eos) if isinstance(eos, list) else {eos}
+        return tuple(sorted(i for i in ids if i is not None))
+
+    def encode(self, prompt: Prompt) -> np.ndarray:
+        """Token ids of a prompt, int32 [L]."""
+        return encode(self.tokenizer, prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token_text(self, token: int) -> str:
+        """Text of one token, special ones included."""
+        return self.tokenizer.decode([token])
+
+    def holding(self, ref: CheckpointRef, optimizer: bool) -> Engine:
+        """The engine, holding this checkpoint; its optimizer and state too if asked for.
+
+        Raises:
+            NearFutureError: the checkpoint is missing or damaged.
+        """
+        if self._engine and self._holds and self._holds[0] == ref.digest and self._holds[1] >= optimizer:
+            return self._engine
+        self._holds = None
+        with self._checked_out(ref, weights_only=not optimizer) as local:
+            engine = self._engine = self._engine or Engine.build(self.config, local.weights, self._starting_policy)
+            if optimizer:
+                engine.learner.load(local)
+            else:
+                engine.generator.load(local)
+        self._holds = (ref.digest, optimizer)
+        return engine
+
+    def trained(self) -> None:
+        """Forgets which checkpoint the engine holds: its weights are changing."""
+        self._holds = None
+
+    def now_holds(self, ref: CheckpointRef) -> None:
+        """The engine's weights, optimizer and state are those of this checkpoint, which it has just saved."""
+        self._holds = (ref.digest, True)
+
+    def context(self, leg: LegRecord, weights_digest: str) -> LegContext:
+        """What the steps of a leg need to know, its guide included."""
+        return LegContext(
+            run_id=self.run.run_id,
+            leg_id=leg.leg_id,
+            config=self.config,
+            prompts=self.prompts,
+            verifier=self.verifier,
+            encode=self.encode,
+            decode=self.decode,
+            stop_ids=self.stop_ids,
+            guide=self.guide(leg.guide_id) if leg.guide_id else {},
+            weights_digest=weights_digest,
+        )
+
+    def guide(self, guide_id: str) -> dict[str, GuideTrajectory]:
+        """A guide's trajectories by prompt, each verified again.
+
+        Raises:
+            NearFutureError: there is none, or it was made under another tokenizer, template or verifier.
+        """
+        manifest = self.run.guide(guide_id)
+        if manifest is None:
+            raise NearFutureError(f"{self.run.uri} has no guide {guide_id}; run the guide stage first")
+        require_same_terms(manifest, self.record)
+        table = self.run.table(manifest, "trajectories")
+        return dict(
+            read_guide(
+                table,
+                lambda prompt_id, ids: self.verifier.verify(self.prompts.get(prompt_id), self.decode(ids)),
+                lambda prompt_id: self.encode(self.prompts.get(prompt_id)),
+            )
+        )
+
+    @contextlib.contextmanager
+    def _checked_out(self, ref: CheckpointRef, weights_only: bool) -> Iterator[LocalCheckpoint]:
+        with tempfile.TemporaryDirectory(dir=self.scratch) as directory:
+            yield self.run.checkout(ref, Path(directory), weights_only=weights_only)
+
+    def _starting_policy(self, load: Callable[[Path], Policy]) -> Policy:
+        """Loads the starting policy, which the KL term refers to."""
+        warm = new_leg(self.record, "warm", None, 0)
+        manifest = self.run.require_checkpoint(warm.leg_id, 0)
+        with self._checked_out(manifest.ref, weights_only=True) as local:
+            return load(local.weights)
+
+
+def require_same_terms(guide: GuideManifest, record: RunRecord) -> None:
+    """Refuses a guide whose token ids or verdicts mean something else in this run.
+
+    Raises:
+        NearFutureError: tokenizer, template or verifier differ; names both.
+    """
+    for name, theirs, ours in (
+        ("tokenizer or chat template", guide.spec.tokenizer_digest, record.tokenizer_digest),
+        ("verifier", guide.spec.verifier, record.verifier),
+    ):
+        if theirs != ours:
+            raise NearFutureError(
+                f"guide {guide.guide_id} was made under another {name} ({theirs[:24]}) than run {record.run_id} uses "
+                f"({ours[:24]}); make the guide again in this run"
+            )
+
+
+def environment(config: Config) -> dict[str, str]:
+    """Fingerprint of what computes: shown beside a segment, not part of any identity."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": config.learner.device,
+        "threads": str(torch.get_num_threads()),
+        "generator": "transformers",
+        "learner": "torch",
+    }
+
+
+def now() -> str:
+    """This moment, UTC, ISO 8601, as records hold it."""
+    return datetime.now(UTC).isoformat()
+
+
+def new_leg(
+    record: RunRecord, kind: Any, parent: CheckpointRef | None, start: int, guide_id: str | None = None
+) -> LegRecord:
+    """The record of a leg, under the identifier which its inputs give it."""
+    leg_id = lineage.leg_id(record.recipe_digest, parent, kind, start, guide_id)
+    return LegRecord(
+        leg_id=leg_id,
+        kind=kind,
+        parent=parent,
+        start=start,
+        guide_id=guide_id,
+        recipe_digest=record.recipe_digest,
+        created_at=now(),
+    )

@@ -1,0 +1,109 @@
+"""Opens legs and trains their segments."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from prefect import task
+
+from npo_core.interfaces import NearFutureError
+from schemas.records import MAIN_LINE_KINDS, CheckpointRef, LegKind, LegRecord, SegmentManifest
+from tasks.options import OPTIONS
+from tasks.workspaces import workspace
+
+
+@task(name="open leg", **OPTIONS)
+def open_leg(run: str, kind: LegKind, parent: CheckpointRef, guide_id: str | None = None) -> LegRecord:
+    """Finds or creates the leg; a leg of the main line becomes its tip unless it lies on it already."""
+    from npo_core import lineage
+    from npo_core.workspace import new_leg
+
+    opened = workspace(run)
+    leg = opened.run.open_leg(new_leg(opened.record, kind, parent, parent.step, guide_id))
+    if kind in MAIN_LINE_KINDS:
+        head = opened.run.head()
+        line = lineage.main_line(opened.run.legs(), head) if head else []
+        if leg.leg_id not in {stretch.leg.leg_id for stretch in line}:
+            opened.run.move_head(head, leg.leg_id)
+    return leg
+
+
+@task(name="train segment", task_run_name="train {leg.kind} {start}-{stop}", **OPTIONS)
+def train_segment(run: str, leg: LegRecord, start: int, stop: int) -> SegmentManifest:
+    """Trains steps [start, stop) of a leg and commits the checkpoint, then the segment. Found if it is committed."""
+    from npo_core.progress import progress_bar
+    from npo_core.segment import run_segment
+    from npo_core.trackers import track
+    from npo_core.workspace import environment
+
+    opened = workspace(run)
+    committed = {segment.start: segment for segment in opened.run.segments(leg.leg_id)}
+    if start in committed:
+        return committed[start]
+    parent = leg_checkpoint(run, leg, start)
+    head = opened.run.head()
+    epoch = head.epoch if head and leg.kind in MAIN_LINE_KINDS else None
+    engine = opened.holding(parent, optimizer=True)
+    weights_digest = opened.run.require_checkpoint(parent.leg_id, parent.step).weights_digest
+    opened.trained()
+    with progress_bar(f"{leg.kind} {start}-{stop}", stop - start) as bar:
+
+        def on_step(done: int, metrics: Mapping[str, float]) -> None:
+            bar(done - start, {name: metrics[name] for name in ("reward", "entropy", "npo/replaced")})
+
+        tables = run_segment(
+            opened.context(leg, weights_digest), engine.generator, engine.learner, start, stop, on_step
+        )
+    fingerprint = environment(opened.config)
+    with tempfile.TemporaryDirectory(dir=opened.scratch) as directory:
+        engine.learner.save(Path(directory))
+        checkpoint = opened.run.commit_checkpoint(leg.leg_id, stop, Path(directory), fingerprint)
+    segment = opened.run.commit_segment(
+        leg, start, stop, tables.rollouts, tables.metrics, tables.telemetry, checkpoint, epoch, fingerprint
+    )
+    opened.now_holds(checkpoint.ref)
+    track(opened.config.run, opened.run)
+    return segment
+
+
+def leg_checkpoint(run: str, leg: LegRecord, step: int) -> CheckpointRef:
+    """The checkpoint from which a leg goes on at `step`.
+
+    Raises:
+        NearFutureError: the leg has not come that far.
+    """
+    if step == leg.start:
+        if leg.parent is None:
+            raise NearFutureError(f"leg {leg.leg_id} has no parent to start from; run the warm-start stage")
+        return leg.parent
+    return workspace(run).run.require_checkpoint(leg.leg_id, step).ref
+
+
+def main_line_step(run: str) -> tuple[int, LegRecord]:
+    """How far the main line has come, and the leg that its tip is in.
+
+    Raises:
+        NearFutureError: the run has no main line yet.
+    """
+    from npo_core.lineage import main_line
+
+    opened = workspace(run)
+    head = opened.run.head()
+    if head is None:
+        raise NearFutureError(f"{run} has no main line yet; run the warm-start stage first")
+    tip = main_line(opened.run.legs(), head)[-1].leg
+    segments = opened.run.segments(tip.leg_id)
+    return (segments[-1].stop if segments else tip.start), tip
+
+
+def main_line_checkpoint(run: str, step: int) -> CheckpointRef:
+    """The main line's checkpoint at `step`.
+
+    Raises:
+        NearFutureError: the main line has none there; names the steps that it has.
+    """
+    from npo_core.artifacts import main_line_checkpoint
+
+    return main_line_checkpoint(workspace(run).run, step)

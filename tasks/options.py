@@ -1,0 +1,25 @@
+"""What every task has in common: no Prefect cache (manifests are the truth), and retries of passing faults only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+
+from npo_core.interfaces import NearFutureError
+
+
+async def is_passing_fault(task: Any, run: Any, state: State[Any]) -> bool:
+    """Whether a retry may help: input and output may fail and recover, arithmetic and bad input do not."""
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, OSError) and not isinstance(error, NearFutureError)
+
+
+OPTIONS: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": 2,
+    "retry_delay_seconds": [2, 10],
+    "retry_condition_fn": is_passing_fault,
+}

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from flows import cli_stages
+from flows import cli_stages, cli_views
 from flows.cli_output import Json, emit
 from flows.local_server import prefect_api
 from npo_core.interfaces import ConfigurationError, NearFutureError
@@ -68,6 +68,7 @@ def run(
 
 
 app.add_typer(cli_stages.app, name="stage")
+cli_views.register(app)
 
 
 def main() -> None:

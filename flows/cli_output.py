@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
@@ -18,4 +19,4 @@ def emit(json: bool, result: dict[str, Any], text: Any) -> None:
     if json:
         print(json_module.dumps(result, ensure_ascii=False, default=str))
     else:
-        console.print(text, soft_wrap=True)
+        console.print(Text(text) if isinstance(text, str) else text, soft_wrap=True)

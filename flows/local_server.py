@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 STARTUP_TIMEOUT_S = 120.0
@@ -45,14 +45,20 @@ def prefect_api() -> Iterator[None]:
 
 
 class LocalServer:
-    """Starts at once; `wait` until it answers."""
+    """Starts at once; `wait` until it answers.
 
-    def __init__(self) -> None:
+    Args:
+        environment: added to this process's for the server, say PREFECT_HOME.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self._supervisor = subprocess.Popen(
-            [sys.executable, "-m", "flows.local_server", str(self.port)], stdin=subprocess.PIPE
+            [sys.executable, "-m", "flows.local_server", str(self.port)],
+            stdin=subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
         )
 
     @property
@@ -76,8 +82,8 @@ class LocalServer:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
         raise RuntimeError(
-            f"the local Prefect server did not answer on port {self.port}; set PREFECT_API_URL to use a running server, "
-            "or see `prefect server start` for the reason"
+            f"the local Prefect server did not answer on port {self.port}; `prefect server start` shows the reason, and "
+            "PREFECT_API_URL names a server that runs already"
         )
 
     def close(self) -> None:

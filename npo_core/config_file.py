@@ -29,7 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str]) -> Config:
     except yaml.YAMLError as error:
         raise ConfigurationError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigurationError(f"configuration {path} must hold sections (run:, data:, …), not {type(values).__name__}")
+        raise ConfigurationError(f"configuration {path} holds no sections (run:, data:, …)")
     for override in overrides:
         _apply(values, override)
     try:

@@ -87,13 +87,13 @@ class TransformersGenerator:
         # What was sampled, on the full set of rows; `alive` maps the rows still in the batch to it.
         ids_BT = torch.zeros(rows, limit, dtype=torch.int64, device=device)
         logps_BT = torch.zeros(rows, limit, dtype=torch.float32, device=device)
-        entropies_BT = torch.zeros(rows, limit, dtype=torch.float32, device=device)
+        entropies_BT = torch.zeros_like(logps_BT)
         lengths_B = torch.full((rows,), limit, dtype=torch.int64, device=device)
         stopped_B = torch.zeros(rows, dtype=torch.bool, device=device)
         alive = torch.arange(rows, device=device)
         for t in range(limit):
             tokens_B, logps_B, entropy_B = draw(logits_BV, params.temperature, draws_BT[alive, t])
-            ids_BT[alive, t], logps_BT[alive, t], entropies_BT[alive, t] = tokens_B, logps_B, entropy_B
+            ids_BT[alive, t], logps_BT[alive, t], entropies_BT[alive, t] = tokens_B, logps_B.float(), entropy_B.float()
             ended_B = torch.isin(tokens_B, stop_S)
             if bool(ended_B.any()):
                 gone = alive[ended_B]
@@ -134,12 +134,13 @@ def draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tens
         uniform_B: float64 in [0, 1).
 
     Returns:
-        tokens_B int64; log-probabilities and exact entropy (nats) of the distribution drawn from, float32 [B].
+        tokens_B int64; log-probabilities and exact entropy (nats) of the distribution drawn from, at least float32.
 
     Raises:
         FloatingPointError: a row's logits are not finite.
     """
-    logps_BV = torch.log_softmax(logits_BV.float() / temperature, dim=-1)
+    wide = torch.promote_types(logits_BV.dtype, torch.float32)
+    logps_BV = torch.log_softmax(logits_BV.to(wide) / temperature, dim=-1)
     probs_BV = logps_BV.exp()
     # float64: in float32 the sum over a large vocabulary would lose the tail's tokens.
     cdf_BV = probs_BV.cumsum(dim=-1, dtype=torch.float64)

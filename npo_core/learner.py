@@ -100,10 +100,7 @@ class TorchLearner:
                 tensors[f"{name}.{moment}"] = value.contiguous()
         (target / "optimizer").mkdir(parents=True, exist_ok=True)
         save_file(tensors, target / OPTIMIZER_FILE)
-        scheduler = {
-            k: v for k, v in self.scheduler.state_dict().items() if k in ("last_epoch", "_step_count", "_last_lr")
-        }
-        (target / STATE_FILE).write_text(json.dumps({"scheduler": scheduler}, sort_keys=True))
+        (target / STATE_FILE).write_text(json.dumps({"scheduler": self.scheduler.state_dict()}, sort_keys=True))
 
     def _update(
         self,
@@ -119,7 +116,7 @@ class TorchLearner:
             # Zeros, not None: a batch without any gradient still steps the optimizer's moments.
             parameter.grad = torch.zeros_like(parameter)
         loss = 0.0
-        sums: LossSums | None = None
+        sums = LossSums()
         lengths = [len(batch.prompt_ids[i]) + len(batch.completion_ids[i]) for i in rows]
         for micro in length_sorted_batches(lengths, self.settings.micro_batch_tokens):
             own = [rows[j] for j in micro]
@@ -146,7 +143,7 @@ class TorchLearner:
             share = losses.weighted_sum(weights_B[own].to(device))
             share.backward()
             loss += float(share.detach())
-            sums = losses.sums if sums is None else sums + losses.sums
+            sums += losses.sums
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm))
         if not (np.isfinite(norm) and np.isfinite(loss)):
             raise FloatingPointError(f"step {batch.step}: loss {loss} and gradient norm {norm} are not finite")
@@ -154,8 +151,8 @@ class TorchLearner:
         self.optimizer.step()
         self.scheduler.step()
         tokens = sum(map(len, batch.completion_ids))
-        metrics = sums.metrics(self.algorithm.kl_beta, tokens) if sums else {}
         trained = float(sum(len(batch.completion_ids[i]) for i in rows))
+        metrics = sums.metrics(self.algorithm.kl_beta, tokens)
         return {**metrics, "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens/trained": trained}
 
     def _fresh_optimizer(self) -> None:

@@ -50,7 +50,8 @@ def canonical(table: pa.Table, schema: pa.Schema) -> pa.Table:
     order = row_order(schema)
     if order:
         table = table.sort_by([(name, "ascending") for name in order])
-    return table.replace_schema_metadata(schema.metadata).combine_chunks()
+    # The cast gives lists read from Parquet, whose items it names "element", their own type back.
+    return table.cast(schema).combine_chunks()
 
 
 def encode(table: pa.Table, schema: pa.Schema) -> bytes:
@@ -104,16 +105,14 @@ def logical_digest(table: pa.Table, schema: pa.Schema) -> str:
         ValueError: see `canonical`.
     """
     digest = hashlib.sha256()
-    for name, column in zip(schema.names, canonical(table, schema).columns, strict=True):
-        digest.update(f"{name}:{column.type}:{len(column)}\n".encode())
+    for field, column in zip(schema, canonical(table, schema).columns, strict=True):
+        digest.update(f"{field.name}:{field.type}:{len(column)}\n".encode())
         _feed(digest, column.combine_chunks())
     return digest.hexdigest()
 
 
 def _feed(digest: Any, array: pa.Array) -> None:
     """Validity, then lengths, then values. What lies under a null does not count."""
-    if isinstance(array, pa.ChunkedArray):  # combine_chunks of a column without rows
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     digest.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
     array = array.drop_null()
     if pa.types.is_list(array.type):

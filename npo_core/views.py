@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from npo_core import lineage
 from npo_core.artifacts import RunArtifacts, runs
-from npo_core.interfaces import NearFutureError, Store
+from npo_core.interfaces import ConfigurationError, NearFutureError, Store
 from schemas import tables
 from schemas.records import EvalManifest, Head, LegRecord, Manifest, SegmentManifest
 
@@ -124,9 +125,7 @@ def steps(run: RunArtifacts) -> pl.DataFrame:
         "trained_steps": pl.Int64,
         "total_tokens": pl.Int64,
     }
-    return pl.DataFrame(rows, schema=schema).join(
-        taken, on=["leg_id", "step"], how="left", maintain_order="left"
-    )
+    return pl.DataFrame(rows, schema=schema).join(taken, on=["leg_id", "step"], how="left", maintain_order="left")
 
 
 def _line_to(leg: LegRecord, legs: Sequence[LegRecord]) -> list[lineage.Stretch]:
@@ -187,7 +186,8 @@ def evaluations(run: RunArtifacts, taken: pl.DataFrame) -> pl.DataFrame:
 def main_evaluations(run: RunArtifacts) -> list[EvalManifest]:
     """The main line's evaluations by step, one a checkpoint."""
     chosen = evaluations(run, steps(run)).filter("main_line").sort("step")
-    return [run.evaluation(eval_id) for eval_id in chosen["eval_id"]]
+    by_id = {manifest.eval_id: manifest for manifest in run.evaluations()}
+    return [by_id[eval_id] for eval_id in chosen["eval_id"]]
 
 
 def ls(store: Store) -> list[dict[str, Any]]:
@@ -277,6 +277,21 @@ def inspect(
     return rows.with_columns(
         prompt=pl.col("prompt_id").replace_strict(words, default="", return_dtype=pl.String) if words else pl.lit("")
     )
+
+
+def export(rows: pl.LazyFrame, path: Path) -> int:
+    """Writes rows to a Parquet file, and returns how many.
+
+    Raises:
+        NearFutureError: a data file of the run is damaged.
+        ConfigurationError: the file cannot be written.
+    """
+    chosen = collect(rows)
+    try:
+        chosen.write_parquet(path)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written ({error.strerror}); name another file") from error
+    return chosen.height
 
 
 def prompt_words(run: RunArtifacts) -> dict[str, str]:

@@ -66,7 +66,7 @@ class Workspace:
         if verifier.name != self.record.verifier:
             raise NearFutureError(
                 f"the run {self.run.uri} was verified by {self.record.verifier}, this installation has {verifier.name}; "
-                "go on with the version that began the run, or begin another run"
+                "use the version that began the run"
             )
         return verifier
 

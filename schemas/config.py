@@ -107,7 +107,7 @@ class LearnerSection(Section):
     """Most padded tokens of one forward and backward pass. Does not change the result beyond rounding."""
     chunk_tokens: int = Field(1024, ge=1)
     """Tokens whose logits exist at one time."""
-    chunk_vocab: int = Field(32768, ge=1)
+    chunk_vocab: int = Field(4096, ge=1)
     """Vocabulary entries whose logits exist at one time."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""

@@ -1,6 +1,6 @@
 """A made-up run in a real store: what a short NPO run leaves behind, without any training.
 
-`python tests/synthetic.py DIRECTORY` writes one, to look at.
+`python -m tests.synthetic DIRECTORY` writes one, to look at.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from npo_core.evaluate import Evaluation
 from npo_core.groups import Group, group_rows, mix_groups, step_metrics
 from npo_core.guide import GuideTrajectory, read_guide
 from npo_core.interfaces import Prompt, Rollouts, Verdict
+from npo_core.prompts import PromptTable, to_arrow
 from npo_core.store import open_store
 from schemas import tables
 from schemas.config import Config
@@ -75,7 +76,8 @@ def build_run(
     seed: int = 0,
 ) -> RunArtifacts:
     """Writes a run into the store at `path`. With a replay: main [0, s), scout [s, 3s), guide, replay [s, 3s), and main
-    from there on, for segments of s steps; else main alone. Evaluated at every segment's end of the main line."""
+    from there on, for segments of s steps; else main alone. Evaluated at every segment's end of the main line.
+    Called again after a kill it goes on, as a run does."""
     return _Builder(path, steps, with_replay, segment_steps, name, seed).run()
 
 
@@ -105,23 +107,11 @@ class _Builder:
         )
         prompts = [_prompt(i, seed) for i in range(48 + HELD_OUT)]
         self.train, self.held_out = prompts[:48], prompts[48:]
-        self.prompts = {prompt.prompt_id: prompt for prompt in prompts}
+        self.prompts = PromptTable(self.train, self.held_out, seed, PROMPTS_A_STEP)
         self.seed = seed
 
     def run(self) -> RunArtifacts:
-        prompt_rows = [
-            {
-                "prompt_id": prompt.prompt_id,
-                "split": split,
-                "task": prompt.task,
-                "messages": json.dumps(prompt.messages),
-                "answer": prompt.answer,
-                "image_refs": [],
-            }
-            for split, part in (("train", self.train), ("held_out", self.held_out))
-            for prompt in part
-        ]
-        prompts = pa.Table.from_pylist(prompt_rows, tables.PROMPTS)
+        prompts = to_arrow(self.train, self.held_out)
         recipe = self.config.recipe()
         self.record = self.artifacts.create_run(
             RunRecord(
@@ -184,8 +174,10 @@ class _Builder:
                 created_at=_time(len(self.artifacts.legs()) + 1),
             )
         )
-        if kind != "scout":
-            self.artifacts.move_head(self.artifacts.head(), leg.leg_id)
+        head = self.artifacts.head()
+        line = {stretch.leg.leg_id for stretch in lineage.main_line(self.artifacts.legs(), head)}
+        if kind != "scout" and leg.leg_id not in line:
+            self.artifacts.move_head(head, leg.leg_id)
         return leg
 
     def _train(self, leg: LegRecord, policy: _Policy, stop: int, guide: GuideManifest | None = None) -> _Policy:
@@ -198,7 +190,7 @@ class _Builder:
             for step in range(first, last):
                 # A replay learns faster than plain training: what the scout's future is for.
                 skill = policy.skill + (step - first) * (1.6 if guide else 1.0)
-                groups = [self._group(leg, step, p, skill) for p in self._batch(step)]
+                groups = [self._group(leg, step, p, skill) for p in self.prompts.batch(step)]
                 mixed, replacement = mix_groups(groups, trajectories, self.config.algorithm)
                 digest = policy.checkpoint.weights_digest
                 rollouts += group_rows(self.artifacts.run_id, leg.leg_id, step, digest, self.verifier.name, mixed)
@@ -233,7 +225,7 @@ class _Builder:
             return self.artifacts.commit_checkpoint(leg.leg_id, step, root, ENVIRONMENT)
 
     def _guide(self, future: _Policy, start: int, stop: int) -> GuideManifest:
-        ids = sorted({prompt.prompt_id for step in range(start, stop) for prompt in self._batch(step)})
+        ids = sorted({prompt.prompt_id for step in range(start, stop) for prompt in self.prompts.batch(step)})
         spec = GuideSpec(
             checkpoint=future.checkpoint.ref,
             weights_digest=future.checkpoint.weights_digest,
@@ -250,7 +242,7 @@ class _Builder:
         guide_id = lineage.guide_id(spec)
         rows, tokens = [], 0
         for prompt_id in ids:
-            prompt = self.prompts[prompt_id]
+            prompt = self.prompts.get(prompt_id)
             sampled = self._sample(prompt, K, future.skill, self._rng("guide", stop, prompt_id))
             tokens += sum(map(len, sampled.completion_ids))
             texts = [decode(completion_ids) for completion_ids in sampled.completion_ids]
@@ -277,8 +269,8 @@ class _Builder:
         return dict(
             read_guide(
                 self.artifacts.table(guide, "trajectories"),
-                lambda prompt_id, ids: self.verifier.verify(self.prompts[prompt_id], decode(ids)),
-                lambda prompt_id: encode(self.prompts[prompt_id].messages[0]["content"]),
+                lambda prompt_id, ids: self.verifier.verify(self.prompts.get(prompt_id), decode(ids)),
+                lambda prompt_id: encode(self.prompts.get(prompt_id).messages[0]["content"]),
             )
         )
 
@@ -337,9 +329,6 @@ class _Builder:
             "image_refs": [],
             "schema_version": SCHEMA_VERSION,
         }
-
-    def _batch(self, step: int) -> list[Prompt]:
-        return [self.train[(step * PROMPTS_A_STEP + i) % len(self.train)] for i in range(PROMPTS_A_STEP)]
 
     def _group(self, leg: LegRecord, step: int, prompt: Prompt, skill: float) -> Group:
         rollouts = self._sample(prompt, GROUP, skill, self._rng(leg.kind, step, prompt.prompt_id))

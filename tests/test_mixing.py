@@ -43,11 +43,12 @@ def test_the_gate_decides_as_exact_arithmetic_does(rollouts: int, percent: int) 
     assert plan.eligible_P.tolist() == exact
 
 
-@pytest.mark.parametrize("rollouts", [3, 5, 7, 10])
-def test_fractional_rewards_at_the_gate_pass(rollouts: int) -> None:
-    # The sum of n times 0.6 is rounded, so the mean may miss 0.6.
-    rewards_PG = torch.full((1, rollouts), 0.6, dtype=torch.float64)
-    plan = plan_replacement(rewards_PG, rewards_PG > 0.5, everywhere(rewards_PG), 0.6, "last")
+# In float64 the means are 0.20000000000000004 and 0.6000000000000001.
+@pytest.mark.parametrize(("rewards", "gate"), [([0.1, 0.2, 0.3], 0.2), ([0.1, 0.7, 0.8, 0.8], 0.6)])
+def test_rounding_does_not_hold_fractional_rewards_back_at_the_gate(rewards: list[float], gate: float) -> None:
+    rewards_PG = torch.tensor([rewards], dtype=torch.float64)
+    plan = plan_replacement(rewards_PG, rewards_PG > 0.5, everywhere(rewards_PG), gate, "last")
+    assert plan.accuracy_P.item() > gate
     assert plan.eligible_P.tolist() == [True]
 
 

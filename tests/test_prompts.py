@@ -7,8 +7,9 @@ import io
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from npo_core import testbed
 from npo_core.interfaces import ConfigurationError, Prompt, PromptSource, Verifier
 from npo_core.prompts import PromptTable, encode, load_source, load_verifier, to_arrow
@@ -56,9 +57,7 @@ def test_an_epoch_takes_each_prompt_at_most_once_and_leaves_out_less_than_a_batc
 
 
 @given(pools(), seeds, st.integers(0, 10_000))
-def test_a_batch_is_a_function_of_seed_and_step_alone(
-    pool_and_batch: tuple[int, int], seed: int, step: int
-) -> None:
+def test_a_batch_is_a_function_of_seed_and_step_alone(pool_and_batch: tuple[int, int], seed: int, step: int) -> None:
     pool, size = pool_and_batch
     used, fresh = table(pool, size, seed), table(pool, size, seed)
     for other in (0, step + 1, 5):
@@ -73,10 +72,7 @@ def test_seeds_and_epochs_differ_in_their_order() -> None:
 
 def test_the_order_of_an_epoch_is_what_it_was_in_earlier_releases() -> None:
     # A resumed run must meet the prompts that it would have met.
-    assert ids(table(8, 4).batch(0) + table(8, 4).batch(1)) == EPOCH_0_OF_8
-
-
-EPOCH_0_OF_8: list[str] = []
+    assert ids(table(8, 4).batch(0) + table(8, 4).batch(1)) == ["t6", "t3", "t7", "t5", "t1", "t2", "t4", "t0"]
 
 
 def test_the_tail_of_one_epoch_is_not_always_the_same_prompts() -> None:
@@ -101,6 +97,7 @@ def test_doubled_identifiers_and_batches_beyond_the_pool_are_refused() -> None:
             PromptTable(prompts(3), [], 0, size)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(), st.text(), st.lists(st.text(), max_size=2)), min_size=1, max_size=5))
 def test_prompts_come_back_from_parquet_as_they_were(contents: list[tuple[str, str, list[str]]]) -> None:
     train = [

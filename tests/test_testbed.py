@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from npo_core import testbed
-from npo_core.interfaces import Prompt
 from npo_core.prompts import encode
 from npo_core.testbed.families import FAMILIES, Problem, draw
 from npo_core.testbed.tokenizer import END, VOCABULARY, build_tokenizer
 from npo_core.testbed.warm_start import IGNORED, WarmStartRecipe, demonstrations, train
 from schemas.digest import digest_bytes
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FAMILY = {family.name: family for family in FAMILIES}
 
@@ -82,7 +82,7 @@ def test_counts_are_written_mod_10() -> None:
 def test_prompts_are_tag_input_and_equals_sign() -> None:
     prompt = problem("sum", "4821").prompt()
     assert prompt.messages == ({"role": "user", "content": "s4821="},)
-    assert (prompt.task, prompt.answer, prompt.prompt_id) == ("sum", "4245", "SUM_ID")
+    assert (prompt.task, prompt.answer, prompt.prompt_id) == ("sum", "4245", "7e79e22a7aaa")
     assert problem("count", "4821", 3).prompt().messages[0]["content"] == "c3:4821="
     assert len({family.tag for family in FAMILIES}) == len(FAMILIES) == 8
 
@@ -99,6 +99,7 @@ def test_habits_must_cover_every_step() -> None:
         problem("sum", "4821").working([True] * 3)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 100), st.integers(3, 12), st.integers(3, 12), st.integers(0, 1000))
 def test_pool_and_held_out_set_are_disjoint_even_and_repeatable(
     count: int, held_out: int, one: int, other: int, seed: int
@@ -113,7 +114,7 @@ def test_pool_and_held_out_set_are_disjoint_even_and_repeatable(
         families, lengths = Counter(prompt.task for prompt in split), Counter(len(prompt.answer) for prompt in split)
         assert set(lengths) <= set(range(shortest, longest + 1))
         assert max(families.values()) - min(families[family.name] for family in FAMILIES) <= 1
-        assert max(lengths.values()) - min(lengths[n] for n in range(shortest, longest + 1)) <= len(FAMILIES)
+        assert max(lengths.values()) - min(lengths[n] for n in range(shortest, longest + 1)) <= 1
 
 
 def test_the_held_out_set_does_not_depend_on_the_pool_but_on_the_seed() -> None:
@@ -124,6 +125,7 @@ def test_the_held_out_set_does_not_depend_on_the_pool_but_on_the_seed() -> None:
 # --- tokenizer
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=[*VOCABULARY[1:]], max_size=30))
 def test_text_comes_back_from_tokens_unchanged_one_token_a_character(text: str) -> None:
     tokenizer = build_tokenizer()
@@ -210,28 +212,25 @@ def test_the_shipped_policy_loads_and_has_362_thousand_parameters() -> None:
     assert model.config.eos_token_id == model.generation_config.eos_token_id == VOCABULARY.index(END)
 
 
-def sampled_accuracy(prompts: list[Prompt], samples: int) -> float:
-    """By a plain loop without a cache; prompts of one length share a batch."""
+def pass_rates(length: int) -> np.ndarray:
+    """Probability that a sample at temperature 1 is correct, for 192 held-out prompts: only one completion is."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(testbed.model_dir()), build_tokenizer()
-    verifier, generator = testbed.TestbedVerifier(), torch.Generator().manual_seed(0)
-    correct = 0
-    for length in {len(encode(tokenizer, prompt)) for prompt in prompts}:
-        rows = [p for p in prompts if len(encode(tokenizer, p)) == length for _ in range(samples)]
-        ids_BT = torch.tensor(np.stack([encode(tokenizer, prompt) for prompt in rows]), dtype=torch.int64)
-        for _ in range(14):
-            with torch.inference_mode():
-                probs_BV = model(input_ids=ids_BT).logits[:, -1].softmax(-1)
-            ids_BT = torch.cat([ids_BT, torch.multinomial(probs_BV, 1, generator=generator)], dim=1)
-        for prompt, ids in zip(rows, ids_BT[:, length:].tolist(), strict=True):
-            correct += verifier.verify(prompt, tokenizer.decode(ids).partition(END)[0]).correct
-    return correct / (len(prompts) * samples)
+    rates = []
+    for prompt in testbed.make_prompts(8, 192, length, length, 0)[1]:
+        start = len(encode(tokenizer, prompt))
+        ids_T = torch.tensor([*encode(tokenizer, prompt), *tokenizer.encode(prompt.answer + END)])
+        with torch.inference_mode():
+            logps_TV = model(input_ids=ids_T[None]).logits[0, :-1].log_softmax(-1)
+        rates.append(logps_TV.gather(1, ids_T[1:, None])[start - 1 :].sum().exp().item())
+    return np.array(rates)
 
 
 def test_the_shipped_policy_is_weak_but_not_blind() -> None:
-    # Bands of 3 standard errors and more around 0.21, 0.06 and 0.015.
-    assert 0.12 < sampled_accuracy(testbed.make_prompts(8, 192, 4, 4, 0)[1], 4) < 0.32
-    assert 0.03 < sampled_accuracy(testbed.make_prompts(8, 192, 4, 12, 0)[1], 4) < 0.12
-    assert sampled_accuracy(testbed.make_prompts(8, 192, 12, 12, 0)[1], 4) < 0.05
+    # As measured when it was made, give or take: 0.21, 0.05 and 0.015; at 8 samples, most groups are all wrong.
+    assert 0.19 < pass_rates(4).mean() < 0.25
+    assert 0.04 < pass_rates(8).mean() < 0.06
+    assert 0.010 < pass_rates(12).mean() < 0.022
+    assert 0.70 < ((1 - pass_rates(8)) ** 8).mean() < 0.85
 
 
 def test_demonstrations_teach_the_working_and_its_end_at_every_length() -> None:
@@ -265,14 +264,27 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth() -> None:
 
 
 def test_a_warm_start_is_bit_identical_when_it_is_repeated(tmp_path: Path) -> None:
-    recipe = WarmStartRecipe(steps=20)
+    recipe = WarmStartRecipe(steps=10)
     losses: list[float] = []
     first = train(recipe, tmp_path / "one", lambda _, loss: losses.append(loss))
     torch.rand(3)
     second = train(recipe, tmp_path / "two")
     assert first == second == digest_bytes((tmp_path / "two" / "model.safetensors").read_bytes())
-    assert train(dataclasses.replace(recipe, seed=1), tmp_path / "other") != first
-    assert len(losses) == 20
+    assert len(losses) == 10
     assert losses[-1] < losses[0]
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "one" / name).read_bytes() == (testbed.model_dir() / name).read_bytes(), name
+
+
+def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
+    untrained = WarmStartRecipe(steps=0)
+    assert train(untrained, tmp_path / "0") != train(dataclasses.replace(untrained, seed=1), tmp_path / "1")
+
+
+def test_a_warm_start_leaves_the_random_numbers_and_threads_of_its_caller_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected, threads = torch.rand(3), torch.get_num_threads()
+    torch.manual_seed(5)
+    train(WarmStartRecipe(steps=1, batch=2), tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads

@@ -39,12 +39,12 @@
   const fixed = (value, digits) => (value === null ? "–" : value.toFixed(digits));
 
   function tokenNode(id, logprob) {
-    const probability = Math.exp(logprob);
+    const probability = logprob === null ? 0 : Math.exp(logprob);
     const bin = EDGES.findIndex((edge) => probability >= edge);
     const token = data.vocabulary[id];
     const visible = token.replace(/\r?\n/g, "⏎\n");
     const span = node("span", "p" + (bin < 0 ? EDGES.length : bin) + (token === "" ? " special" : ""), visible || "∅");
-    span.title = `token ${id} · probability ${probability.toPrecision(3)} · log-probability ${logprob.toFixed(3)}`;
+    span.title = `token ${id} · probability ${probability.toPrecision(3)} · log-probability ${fixed(logprob, 3)}`;
     return span;
   }
 

@@ -113,7 +113,9 @@ def _resource(name: str) -> str:
 
 
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["share"] = lambda value, digits=1: "–" if value is None else f"{100 * value:.{digits}f} %"
     environment.filters["count"] = lambda value: f"{value:,}".replace(",", "\u202f")
     return environment.from_string(_resource("template.html.j2"))

@@ -38,9 +38,14 @@ def curves(steps: pl.DataFrame, evaluations: pl.DataFrame) -> dict[str, dict[str
         "entropy": {axis: _training(steps, axis, "entropy", "token entropy (nats)") for axis in AXES},
     }
     if not evaluations.is_empty():
-        charts["accuracy"] = {axis: _accuracy(evaluations, axis) for axis in AXES}
+        charts["accuracy"] = {axis: _accuracy(steps, evaluations, axis) for axis in AXES}
     if steps["guided"].any():
         charts["replaced"] = {axis: _replaced(steps, axis) for axis in AXES}
+    for figures in charts.values():
+        for axis, figure in figures.items():
+            # One range for all, so that they can be read across.
+            end = max(*steps[_column(axis)], *evaluations[_column(axis)])
+            figure["layout"]["xaxis"]["range"] = [-0.015 * end, 1.02 * end]
     return charts
 
 
@@ -105,9 +110,10 @@ def _training(steps: pl.DataFrame, axis: str, column: str, title: str) -> Figure
     return _finish(figure, AXES[axis], title, legend=False)
 
 
-def _accuracy(evaluations: pl.DataFrame, axis: str) -> Figure:
+def _accuracy(steps: pl.DataFrame, evaluations: pl.DataFrame, axis: str) -> Figure:
     figure = go.Figure()
-    lines = [("main line", "main", True, evaluations.filter("main_line").sort("step"))]
+    held = _with_holds(steps, evaluations.filter("main_line").sort("step"))
+    lines = [("main line", "main", True, held)]
     lines += [
         (f"{kind} {leg_id}", kind, False, part)
         for (leg_id, kind), part in evaluations.filter(~pl.col("main_line")).group_by(
@@ -120,7 +126,11 @@ def _accuracy(evaluations: pl.DataFrame, axis: str) -> Figure:
             y=part["accuracy"].to_list(),
             customdata=part.select("step", "total_tokens", "trained_steps").rows(),
             mode="lines+markers",
-            marker={"size": 6, "color": [COLOURS[k] for k in part["kind"]]},
+            marker={
+                "size": [0 if eval_id is None else 6 for eval_id in part["eval_id"]],
+                "color": [COLOURS[k] for k in part["kind"]],
+                "opacity": 1,
+            },
             line={"color": COLOURS[kind], "width": 2 if on_line else 1.4, "dash": "solid" if on_line else "dot"},
             opacity=1.0 if on_line else 0.55,
             name=name,
@@ -128,6 +138,23 @@ def _accuracy(evaluations: pl.DataFrame, axis: str) -> Figure:
             "accuracy %{y:.3f}<extra>" + name + "</extra>",
         )
     return _finish(figure, AXES[axis], "held-out accuracy", legend=False)
+
+
+def _with_holds(steps: pl.DataFrame, evaluations: pl.DataFrame) -> pl.DataFrame:
+    """The main line's evaluations, and a point without an `eval_id` where each of its legs begins to train: until then
+    scouts and guides spent tokens while the policy stayed what it was."""
+    begun = steps.filter("main_line").group_by("leg_id", maintain_order=True).first()
+    holds = (
+        begun.select(
+            "kind",
+            "step",
+            trained_steps=pl.col("trained_steps") - 1,
+            total_tokens=pl.col("total_tokens") - pl.col("tokens/policy").cast(pl.Int64),
+        )
+        .sort("step")
+        .join_asof(evaluations.select("step", "accuracy"), on="step")
+    )
+    return pl.concat([evaluations, holds], how="diagonal").sort("total_tokens", "eval_id", nulls_last=True)
 
 
 def _replaced(steps: pl.DataFrame, axis: str) -> Figure:
@@ -187,7 +214,7 @@ def _finish(figure: go.Figure, x_title: str, y_title: str, legend: bool = True, 
         hoverlabel={"align": "left"},
         showlegend=legend,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
-        xaxis={**grid, "title": {"text": x_title}},
+        xaxis={**grid, "title": {"text": x_title, "standoff": 8}},
         yaxis={**grid, "title": {"text": y_title}, "rangemode": "tozero", "range": None if top is None else [0, top]},
     )
     parsed: Figure = json.loads(figure.to_json())

@@ -1,4 +1,4 @@
-"""What the guides did: how many prompts they solved, of which families, and how those prompts fared on the main line."""
+"""What the guides did: how many prompts they solved, of which families, and how those fared on the main line."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def before_and_after(run: RunArtifacts, steps: pl.DataFrame, start: int, stop: i
 
 
 def _families(run: RunArtifacts, guide: GuideManifest, tasks: dict[str, str]) -> list[dict[str, Any]]:
-    solved = set(views.collect(views.scan(run, [guide], "trajectories", tables.TRAJECTORIES).select("prompt_id"))["prompt_id"])
+    solved = set(
+        views.collect(views.scan(run, [guide], "trajectories", tables.TRAJECTORIES).select("prompt_id"))["prompt_id"]
+    )
     wanted: dict[str, list[str]] = {}
     for prompt_id in guide.spec.prompt_ids:
         wanted.setdefault(tasks[prompt_id], []).append(prompt_id)

@@ -1,7 +1,8 @@
-"""The trajectories that a report carries: a bounded sample of prompt groups, since the file is to be opened by people."""
+"""The trajectories that a report carries: a bounded sample of prompt groups, since people are to open the file."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,9 @@ def sample(run: RunArtifacts, steps: pl.DataFrame, token_text: Callable[[int], s
     chosen = choose(index)
     kinds = {row["leg_id"]: row for row in steps.unique("leg_id").iter_rows(named=True)}
     on_line = set(steps.filter("main_line").select("leg_id", "step").iter_rows())
-    rows = views.collect(views.trajectories(run).join(chosen.lazy(), on=GROUP, how="semi")).sort(*GROUP, "slot", "source")
+    rows = views.collect(views.trajectories(run).join(chosen.lazy(), on=GROUP, how="semi")).sort(
+        *GROUP, "slot", "source"
+    )
     groups = [
         {
             "leg": leg_id,
@@ -110,5 +113,5 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
         **{name: row[name] for name in kept},
         "finish": row["finish_reason"],
         "ids": row["completion_ids"],
-        "logprobs": [round(value, 3) for value in row["behavior_logprobs"]],
+        "logprobs": [round(value, 3) if math.isfinite(value) else None for value in row["behavior_logprobs"]],
     }

@@ -5,6 +5,7 @@ Each step has a right rule and a wrong habit. Both write the new state, so that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,12 +41,14 @@ class Problem:
         Raises:
             ValueError: there is not one entry of `habits` for each digit.
         """
+        if habits is None:
+            habits = [False] * len(self.digits)
+        if len(habits) != len(self.digits):
+            raise ValueError(f"{len(habits)} habits for {len(self.digits)} digits")
         state, states = self.family.start, []
-        for step, habit in enumerate(habits or [False] * len(self.digits)):
+        for step, habit in enumerate(habits):
             state = (self.family.habit if habit else self.family.right)(state, self, step)
             states.append(state)
-        if len(states) != len(self.digits):
-            raise ValueError(f"{len(states)} habits for {len(self.digits)} digits")
         return _write(states)
 
     def prompt(self) -> Prompt:
@@ -108,14 +111,13 @@ def make_prompts(
     Raises:
         ConfigurationError: there are not that many distinct inputs of these lengths.
     """
-    lengths = range(min_length, max_length + 1)
-    cells = [(family, length) for length in lengths for family in FAMILIES]
+    cells = _cells(range(min_length, max_length + 1))
     for n, (_, length) in enumerate(cells):
         wanted = sum(len(range(n, size, len(cells))) for size in (count, held_out))
         if wanted > 10**length:
             raise ConfigurationError(
-                f"data.prompts {count} and data.held_out {held_out} need {wanted} distinct inputs of length {length} in "
-                f"each family, but there are {10**length}; raise data.min_length or lower data.prompts"
+                f"data.prompts {count} and data.held_out {held_out} need {wanted} distinct inputs of length {length} "
+                f"in each family, but there are {10**length}; raise data.min_length or lower data.prompts"
             )
     taken: set[str] = set()
 
@@ -133,6 +135,14 @@ def make_prompts(
 
     held_out_prompts = split(held_out, "held_out")
     return split(count, "train"), held_out_prompts
+
+
+def _cells(lengths: Sequence[int]) -> list[tuple[Family, int]]:
+    """Every pair of family and length once. In each beginning of the list both are even: the two go round together,
+    and one moves on by a place when they would meet again."""
+    families, size = len(FAMILIES), len(lengths)
+    round_trip = math.lcm(families, size)
+    return [(FAMILIES[n % families], lengths[(n + n // round_trip) % size]) for n in range(families * size)]
 
 
 def _write(digits: Sequence[int]) -> str:

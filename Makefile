@@ -1,0 +1,61 @@
+# Every target sets up what it needs in .venv. PYTHON is any Python from 3.11 on; a C compiler is needed too.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a process: the testbed's tensors are small, and bit-identity holds for one number of threads.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup setup-dev demo test check bench soak browser clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.core  ## the product in .venv
+
+setup-dev: $(VENV)/.dev  ## and what tests and benchmarks need
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: packages that build against it find it, and the exact pin decides which build is taken.
+$(VENV)/.core: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/python -m pip install -q -e '.[dev,bench,trackers]'
+	@touch $@
+
+demo: setup  ## GRPO and NPO on the embedded testbed, compared
+	$(BIN)/npo run deploy/configs/testbed-grpo.yaml
+	$(BIN)/npo run deploy/configs/testbed-npo.yaml
+	$(BIN)/npo compare runs/testbed-grpo runs/testbed-npo
+	@echo "report: $(CURDIR)/runs/testbed-npo/reports/report.html"
+
+check: setup-dev  ## lint, types, fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow and not soak"
+
+test: setup-dev browser  ## everything but the long counts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: setup-dev  ## the long counts: random kills
+	$(BIN)/python -m pytest -m soak -s --timeout 7200
+
+bench: setup-dev  ## seconds a step against TRL, side by side
+	$(BIN)/python -m tests.bench.speed
+
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium chromium-driver >/dev/null; } || \
+	{ echo "the tests open reports in a real browser: install chromium and chromedriver (Debian: apt-get install chromium chromium-driver)" >&2; exit 1; }
+
+clean:  ## removes the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

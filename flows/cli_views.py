@@ -1,0 +1,304 @@
+"""The commands that read runs: ls, show, inspect, metrics, compare, verify, report, export. None of them trains."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from flows.cli_output import Json, emit
+from npo_core.interfaces import ConfigurationError
+
+if TYPE_CHECKING:
+    from npo_core.artifacts import RunArtifacts
+    from npo_core.workspace import Workspace
+
+Run = Annotated[str, typer.Argument(help="The run: STORE/NAME, say runs/demo or file:///data/runs/demo.")]
+
+METRICS_SHOWN = ("step", "kind", "reward", "batch/accuracy", "entropy", "npo/replaced", "trained_steps", "total_tokens")
+"""Columns that `npo metrics` shows to people; `--json` has all."""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to `app`."""
+    for command in (ls, show, inspect, metrics, compare, verify, report, export):
+        app.command()(command)
+
+
+def ls(
+    store: Annotated[str, typer.Argument(help="The store, say runs or file:///data/runs.")], json: Json = False
+) -> None:
+    """Lists the runs of a store.
+
+    Example:
+
+      npo ls runs
+    """
+    from npo_core import views
+    from npo_core.store import open_store
+
+    opened = open_store(store)
+    rows = views.ls(opened)
+    columns = ("run_id", "method", "head_step", "accuracy", "created_at")
+    table = _table(columns, ([row[column] for column in columns] for row in rows), f"Runs in {opened.root}")
+    emit(json, {"runs": rows}, table if rows else Text(f"no runs in {opened.root}"))
+
+
+def show(run: Run, json: Json = False) -> None:
+    """Shows a run's tree of legs, its head, interventions and token counts.
+
+    Example:
+
+      npo show runs/demo
+    """
+    from npo_core import views
+
+    shown = views.show(_open(run))
+    head, tokens = shown["head"], shown["tokens"]
+    where = f"head: leg {head['leg_id']} at step {head['step']}, epoch {head['epoch']}" if head else "no head yet"
+    spent = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
+    lines = [f"intervention at step {d['step']}: {d['reason']}" for d in shown["interventions"]]
+    text = Group(_tree(shown), Text("\n".join([where, *lines, f"generated tokens: {spent}"])))
+    emit(json, shown, text)
+
+
+def inspect(
+    run: Run,
+    step: Annotated[int | None, typer.Option(min=0, help="Only this step.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Only this prompt_id.")] = None,
+    source: Annotated[str | None, typer.Option(help="Only these rows: policy or guide.")] = None,
+    min_reward: Annotated[float | None, typer.Option(help="Only rewards from this on.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows; by default 20, an export has all.")] = None,
+    parquet: Annotated[Path | None, typer.Option(help="Write the rows to this Parquet file, tokens included.")] = None,
+    json: Json = False,
+) -> None:
+    """Shows trajectories, or exports them.
+
+    Examples:
+
+      npo inspect runs/demo --step 12 --source guide
+
+      npo inspect runs/demo --prompt p0017 --parquet p0017.parquet
+    """
+    from npo_core import views
+
+    if source not in (None, "policy", "guide"):
+        raise ConfigurationError(f"--source {source!r} is neither policy nor guide")
+    opened = _open(run)
+    if parquet is not None:
+        rows = views.select(opened, step, prompt, source, min_reward)
+        count = views.export(rows if limit is None else rows.head(limit), parquet)
+        emit(json, {"path": str(parquet), "count": count, "rows": []}, Text(f"{count} rows written to {parquet}"))
+        return
+    found = views.inspect(opened, step, prompt, source, min_reward, limit or 20).to_dicts()
+    emit(json, {"rows": found}, Group(*map(_trajectory, found)) if found else "no trajectory meets these conditions")
+
+
+def metrics(run: Run, json: Json = False) -> None:
+    """Shows the main line's metrics, one row a step, with the steps and tokens spent in all legs by then.
+
+    Example:
+
+      npo metrics runs/demo --json
+    """
+    from npo_core import views
+
+    rows = views.metrics(_open(run)).fill_nan(None)
+    table = _table(METRICS_SHOWN, rows.select(METRICS_SHOWN).iter_rows(), "Main line")
+    emit(json, {"rows": rows.to_dicts()}, table if rows.height else "no committed step yet")
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Runs, STORE/NAME each; the first is the reference.")],
+    json: Json = False,
+) -> None:
+    """Compares runs at equal main-line steps, equal trained steps and equal generated tokens.
+
+    Example:
+
+      npo compare runs/testbed-grpo runs/testbed-npo
+    """
+    from npo_core.compare import AXES, compare
+
+    result = compare([_open(run) for run in runs])
+    emit(json, result, Group(*_comparison(result, AXES)))
+
+
+def verify(run: Run, json: Json = False) -> None:
+    """Checks manifests, hashes and lineage, that every step is there exactly once, and every guide answer again.
+
+    Exit code 1 if there are faults.
+
+    Example:
+
+      npo verify runs/demo
+    """
+    from npo_core.prompts import load_verifier
+    from npo_core.verify import verify_run
+
+    opened = _workspace(_open(run))
+    faults = [asdict(f) for f in verify_run(opened.run, load_verifier(opened.config), opened.decode)]
+    table = _table(("key", "problem", "remedy"), (fault.values() for fault in faults), f"{len(faults)} faults")
+    emit(json, {"faults": faults}, table if faults else Text(f"{opened.run.uri}: no faults"))
+    if faults:
+        raise typer.Exit(1)
+
+
+def report(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(help="Write it to this file instead of into the store.")] = None,
+    json: Json = False,
+) -> None:
+    """Writes the run's report, one HTML file that needs no network to open.
+
+    Examples:
+
+      npo report runs/demo
+
+      npo report runs/demo --out demo.html
+    """
+    from npo_core.report import write_report
+
+    opened = _workspace(_open(run))
+    html = write_report(opened.run, opened.token_text).encode()
+    if out is None:
+        where = opened.run.put_report("report.html", html)
+    else:
+        where = str(out)
+        try:
+            out.write_bytes(html)
+        except OSError as error:
+            raise ConfigurationError(f"--out {out} cannot be written ({error.strerror}); name another file") from error
+    emit(json, {"report": where}, Text(where))
+
+
+def export(
+    run: Run,
+    to: Annotated[Path, typer.Option(help="Directory to create.")],
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Step of the main line; by default its last checkpoint.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Exports a model directory that from_pretrained and vLLM load.
+
+    Example:
+
+      npo export runs/demo --to ./model --step 80
+    """
+    from npo_core.artifacts import main_line_checkpoint
+
+    opened = _open(run)
+    ref = main_line_checkpoint(opened, step)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigurationError(f"--to {to} exists and is not an empty directory; name a new one")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as scratch:
+            # Appears at once, when it is whole.
+            os.replace(opened.checkout(ref, Path(scratch), weights_only=True).weights, to)
+    except OSError as error:
+        raise ConfigurationError(f"--to {to} cannot be written ({error.strerror}); name another directory") from error
+    digest = opened.require_checkpoint(ref.leg_id, ref.step).weights_digest
+    emit(json, {"path": str(to), "digest": digest, "step": ref.step}, Text(f"step {ref.step} exported to {to}"))
+
+
+def _open(uri: str) -> RunArtifacts:
+    from npo_core.artifacts import open_run
+
+    run = open_run(uri)
+    run.record()  # says what runs there are if there is no such one
+    return run
+
+
+def _workspace(run: RunArtifacts) -> Workspace:
+    from npo_core.workspace import Workspace
+    from schemas.config import Config
+
+    record = run.record()
+    return Workspace(Config.model_validate(record.config), run, record)
+
+
+# ---- for people
+
+
+def _table(columns: Sequence[str], rows: Iterable[Iterable[Any]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else visible(str(value))
+
+
+def visible(text: str) -> str:
+    """Text with its control characters written out: what a model says must not steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _tree(shown: dict[str, Any]) -> Tree:
+    def grow(node: Tree, parent: str | None) -> Tree:
+        for leg in shown["legs"]:
+            if leg["parent"] == parent:
+                guide = f", guide {leg['guide_id']}" if leg["guide_id"] else ""
+                label = f"{leg['kind']} {leg['leg_id']}  steps {leg['start']}–{leg['stop']}  {leg['status']}{guide}"
+                grow(node.add(Text(label)), leg["leg_id"])
+        return node
+
+    return grow(Tree(Text(shown["run"])), None)
+
+
+def _trajectory(row: dict[str, Any]) -> Text:
+    marks = [
+        f"leg {row['leg_id']} step {row['step']} prompt {row['prompt_id']} ({row['task']}) slot {row['slot']}",
+        row["source"] + (", displaced" if row["displaced"] else ""),
+        f"reward {row['reward']:.2f}",
+        f"advantage {_cell(row['advantage'])}",
+        f"group accuracy {_cell(row['group_accuracy'])}",
+    ]
+    text = Text(" · ".join(marks), style="dim")
+    text.append(f"\n{visible(row['prompt'])}\n", style="default not dim")
+    text.append(f"{visible(row['text'])}\n", style="not dim green" if row["correct"] else "not dim red")
+    text.append(f"{visible(row['verdict'])}, {row['finish_reason']}\n")
+    return text
+
+
+def _comparison(result: dict[str, Any], axes: Iterable[str]) -> Iterable[Any]:
+    names = list(dict.fromkeys(row["run"] for row in result["rows"]))
+    labels = [name.rsplit("/", 1)[-1] for name in names]
+    if len(set(labels)) < len(labels):
+        labels = names
+    for axis in axes:
+        at: dict[int, dict[str, float | None]] = {}
+        for row in result["rows"]:
+            if row["axis"] == axis:
+                at.setdefault(row["at"], {})[row["run"]] = row["accuracy"]
+        rows = [[cost, *(scores[name] for name in names)] for cost, scores in at.items()]
+        yield _table((axis, *labels), rows, f"Held-out accuracy at equal {axis.replace('_', ' ')}")
+    if result["target"] is None:
+        yield Text("the first run has too few evaluations for a target accuracy")
+        return
+    rows = [
+        [label, *(value for axis in axes for value in (reached[axis], reached["speedup"][axis]))]
+        for label, reached in zip(labels, result["steps_to_accuracy"], strict=True)
+    ]
+    columns = ("run", *(column for axis in axes for column in (axis, "speed-up")))
+    title = f"Cost of reaching {result['target']:.3f}, the first run's accuracy at 60 % of its steps (–: never)"
+    yield _table(columns, rows, title)

@@ -1,0 +1,36 @@
+"""A checkpoint as a model directory of its own, which `from_pretrained` and vLLM load."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from npo_core.artifacts import RunArtifacts
+from npo_core.interfaces import ConfigurationError, NearFutureError
+from schemas.records import CheckpointRef
+
+
+def export_checkpoint(run: RunArtifacts, ref: CheckpointRef, target: Path) -> tuple[Path, str]:
+    """Writes weights, configuration and tokenizer of a checkpoint into `target`, all of it or nothing.
+
+    Returns:
+        The absolute path, and the weights' digest (`CheckpointManifest.weights_digest`).
+
+    Raises:
+        ConfigurationError: the target is there and is not an empty directory.
+        NearFutureError: the checkpoint is missing or damaged, or the target cannot be written.
+    """
+    target = target.expanduser().absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigurationError(f"export target {target} is not empty; choose a new directory, or empty this one")
+    manifest = run.require_checkpoint(ref.leg_id, ref.step)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+            weights = run.checkout(ref, Path(scratch), weights_only=True).weights
+            weights.rename(target)  # takes the place of an empty directory, and of nothing else
+    except OSError as error:
+        raise NearFutureError(
+            f"export target {target} cannot be written: {error.strerror or error}; free space or choose another one"
+        ) from error
+    return target, manifest.weights_digest

@@ -1,0 +1,82 @@
+"""Runs the command `npo` in processes of its own, against one local Prefect server, and compares what runs left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from npo_core import parquet
+from npo_core.artifacts import RunArtifacts
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "run.total_steps": 8,
+    "run.segment_steps": 2,
+    "data.prompts": 16,
+    "data.held_out": 16,
+    "rollout.prompts_per_step": 4,
+    "future.interventions.0.lookahead": 4,
+    "future.interventions.0.window": 4,
+    "evaluation.every": 4,
+    "evaluation.samples": 2,
+}
+
+
+def npo(
+    *arguments: object, env: Mapping[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Runs `npo` with these arguments to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_arguments(config: str, store: Path, name: str, **overrides: object) -> list[str]:
+    """Arguments of `npo run` for a small run; overrides use `__` for the dot."""
+    values = {**SMALL, "run.store": f"file://{store}", "run.name": name}
+    if "grpo" in config:
+        values = {key: value for key, value in values.items() if not key.startswith("future")}
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return ["run", f"deploy/configs/{config}.yaml", *(part for k, v in values.items() for part in ("-s", f"{k}={v}"))]
+
+
+def last_json(result: subprocess.CompletedProcess[str]) -> Any:
+    """The JSON object that a command printed as its last line."""
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def was_killed(result: subprocess.CompletedProcess[str]) -> bool:
+    """Whether SIGKILL ended the process."""
+    return result.returncode == -signal.SIGKILL
+
+
+def fingerprint(run: RunArtifacts) -> dict[str, Any]:
+    """Everything that two runs of one recipe must have in common, bit for bit: no times, no nonces, no hosts."""
+    legs = run.legs()
+    head = run.head()
+    return {
+        "head": head and [head.leg_id, head.epoch],
+        "legs": sorted((leg.leg_id, leg.kind, leg.start, leg.guide_id) for leg in legs),
+        "segments": {(leg.leg_id, s.start, s.stop): s.logical_digest for leg in legs for s in run.segments(leg.leg_id)},
+        "checkpoints": {(leg.leg_id, c.step): c.digest for leg in legs for c in run.checkpoints(leg.leg_id)},
+        "guides": {g.guide_id: _rows(run, g, "trajectories") for g in run.guides()},
+        "evaluations": {e.eval_id: (e.accuracy, _rows(run, e, "samples")) for e in run.evaluations()},
+        "decisions": sorted((d.leg_id, d.step, d.reason) for d in run.decisions()),
+    }
+
+
+def _rows(run: RunArtifacts, manifest: Any, role: str) -> str:
+    return parquet.logical_digest(run.table(manifest, role), parquet.SCHEMAS[role])

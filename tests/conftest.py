@@ -1,0 +1,22 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment which points a command at one local Prefect server, with a home of its own."""
+    from flows.local_server import LocalServer
+
+    home = {"PREFECT_HOME": str(tmp_path_factory.mktemp("prefect"))}
+    server = LocalServer(home)
+    server.wait()
+    yield {**home, "PREFECT_API_URL": server.api_url}
+    server.close()

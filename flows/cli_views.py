@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -196,20 +194,12 @@ def export(
       npo export runs/demo --to ./model --step 80
     """
     from npo_core.artifacts import main_line_checkpoint
+    from npo_core.export import export_checkpoint
 
     opened = _open(run)
     ref = main_line_checkpoint(opened, step)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigurationError(f"--to {to} exists and is not an empty directory; name a new one")
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as scratch:
-            # Appears at once, when it is whole.
-            os.replace(opened.checkout(ref, Path(scratch), weights_only=True).weights, to)
-    except OSError as error:
-        raise ConfigurationError(f"--to {to} cannot be written ({error.strerror}); name another directory") from error
-    digest = opened.require_checkpoint(ref.leg_id, ref.step).weights_digest
-    emit(json, {"path": str(to), "digest": digest, "step": ref.step}, Text(f"step {ref.step} exported to {to}"))
+    path, digest = export_checkpoint(opened, ref, to)
+    emit(json, {"path": str(path), "digest": digest, "step": ref.step}, f"step {ref.step} exported to {path}")
 
 
 def _open(uri: str) -> RunArtifacts:

@@ -82,8 +82,8 @@ class LocalServer:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
         raise RuntimeError(
-            f"the local Prefect server did not answer on port {self.port}; `prefect server start` shows the reason, and "
-            "PREFECT_API_URL names a server that runs already"
+            f"the local Prefect server did not answer on port {self.port}; `prefect server start` shows the reason, "
+            "and PREFECT_API_URL names a server that runs already"
         )
 
     def close(self) -> None:
@@ -109,7 +109,9 @@ def supervise(port: str) -> None:
     )
 
     def end_with_the_pipe() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin: its lock, held by a daemon thread, would abort the interpreter's end.
+        while os.read(0, 1):
+            pass
         os.killpg(server.pid, signal.SIGTERM)
         time.sleep(GRACE_S)
         os.killpg(server.pid, signal.SIGKILL)

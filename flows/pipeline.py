@@ -7,6 +7,9 @@ from prefect import flow
 from flows import stages
 from flows.stages import Summary
 from schemas.config import Config
+from tasks.legs import main_line_checkpoint, main_line_step
+from tasks.policies import evaluate_policy
+from tasks.reports import publish_report
 from tasks.workspaces import begin_run
 
 
@@ -25,7 +28,8 @@ def npo(config: Config) -> Summary:
     run = begin_run(config)
     stages.warm_start(run)
     for intervention in config.future.interventions:
-        stages.main(run, intervention.start)
+        if intervention.start:
+            stages.main(run, intervention.start)
         future = stages.scout(run, intervention.start, intervention.lookahead)
         guide = stages.guide(run, future, intervention.start, intervention.stop)
         stages.replay(run, guide.guide_id)
@@ -35,11 +39,12 @@ def npo(config: Config) -> Summary:
 
 def finish(run: str) -> Summary:
     """Evaluates both ends of the main line and publishes the report."""
-    after = stages.evaluate(run)
+    step, _ = main_line_step(run)
+    after = evaluate_policy(run, main_line_checkpoint(run, step))
     return Summary(
         run=run,
-        head_step=after.checkpoint.step,
-        before=stages.evaluate(run, 0),
+        head_step=step,
+        before=evaluate_policy(run, main_line_checkpoint(run, 0)),
         after=after,
-        report=stages.report(run),
+        report=publish_report(run),
     )

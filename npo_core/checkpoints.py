@@ -3,39 +3,26 @@ get in or out."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import TypedDict
 
 from safetensors import SafetensorError, safe_open
 
 from npo_core.faults import fault_point
-from npo_core.interfaces import LocalCheckpoint, NearFutureError, Store
+from npo_core.interfaces import LocalCheckpoint, NearFutureError
+from npo_core.run_files import Environment, RunFiles, origin
 from npo_core.store import StoreError
 from schemas import layout
 from schemas.digest import digest_json
 from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest
 
-Environment = Mapping[str, str]
 ALLOWED_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 _FOLDERS = {"weights": "weights", "model": "weights", "optimizer": "optimizer", "state": "."}
 """Where a file lies in a checkpoint's directory, by its role (see `LocalCheckpoint`)."""
 
 
-class Checkpoints:
-    """The checkpoints of one run.
-
-    Args:
-        store: holds the run under the folder `run_id`.
-        run_id: the run's name.
-    """
-
-    def __init__(self, store: Store, run_id: str) -> None:
-        self.store = store.within(run_id)
-        self.run_id = run_id
-        self.uri = self.store.root
+class Checkpoints(RunFiles):
+    """The checkpoints of one run."""
 
     def put_model(self, *directories: Path, environment: Environment | None = None) -> Manifest:
         """Stores, once a run, what model directories hold beside weights: configuration, tokenizer, chat template.
@@ -157,19 +144,6 @@ def require_safe_name(name: str) -> None:
 def files_digest(files: Iterable[FileEntry]) -> str:
     """SHA-256 over (role, name, sha256) of files, sorted: what they hold, wherever they lie."""
     return digest_json(sorted([entry.role, entry.name, entry.sha256] for entry in files))
-
-
-class Origin(TypedDict):
-    """The fields of a manifest that say who wrote it and when."""
-
-    nonce: str
-    created_at: str
-    environment: dict[str, str]
-
-
-def origin(environment: Environment) -> Origin:
-    """This writer, now."""
-    return Origin(nonce=secrets.token_hex(16), created_at=datetime.now(UTC).isoformat(), environment=dict(environment))
 
 
 def _checkpoint_files(directory: Path) -> list[tuple[str, Path]]:

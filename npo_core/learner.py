@@ -47,7 +47,7 @@ class TorchLearner:
         expected = {f"{name}.{moment}" for name in self.parameters for moment in ("exp_avg", "exp_avg_sq", "step")}
         if set(tensors) != expected:
             raise NearFutureError(
-                f"the optimizer of checkpoint {checkpoint.digest[:12]}, step {checkpoint.step}, does not fit the model: "
+                f"the optimizer of checkpoint {checkpoint.digest[:12]}, step {checkpoint.step}, is not the model's: "
                 f"{len(expected - set(tensors))} tensors missing, {len(set(tensors) - expected)} unknown"
             )
         self.optimizer.load_state_dict(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,14 +76,6 @@ def main_line(legs: Iterable[LegRecord], head: Head | None) -> list[Stretch]:
         line.append(Stretch(leg, leg.start, stop))
         wanted, stop = (leg.parent.leg_id, leg.parent.step) if leg.parent else (None, None)
     return line[::-1]
-
-
-def children(legs: Iterable[LegRecord]) -> dict[str | None, list[LegRecord]]:
-    """The tree: legs by their parent's leg, roots under None, each in the given order."""
-    tree: dict[str | None, list[LegRecord]] = {}
-    for leg in legs:
-        tree.setdefault(leg.parent.leg_id if leg.parent else None, []).append(leg)
-    return tree
 
 
 def status(leg: LegRecord, line: Sequence[Stretch], segments: Sequence[SegmentManifest]) -> LegStatus:
@@ -206,13 +198,3 @@ class _Ledger:
             self.tokens += own[step]
             self.steps += 1
         self.paid[leg_id] = max(self.paid[leg_id], stop)
-
-
-def line_segments(
-    line: Sequence[Stretch], segments: Mapping[str, Sequence[SegmentManifest]]
-) -> Iterator[SegmentManifest]:
-    """The segments of the main line, in order."""
-    for stretch in line:
-        for segment in segments.get(stretch.leg.leg_id, ()):
-            if stretch.holds(segment.start):
-                yield segment

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import platform
+import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +27,11 @@ from npo_core.prompts import PromptTable, encode, load_verifier
 from npo_core.segment import LegContext
 from schemas.config import Config
 from schemas.records import CheckpointRef, GuideManifest, LegRecord, RunRecord
+
+logger = logging.getLogger("npo")
+
+WRITER = secrets.token_hex(8)
+"""Names this process in what it commits."""
 
 
 class Workspace:
@@ -65,7 +72,7 @@ class Workspace:
         verifier = load_verifier(self.config)
         if verifier.name != self.record.verifier:
             raise NearFutureError(
-                f"the run {self.run.uri} was verified by {self.record.verifier}, this installation has {verifier.name}; "
+                f"run {self.run.uri} was verified by {self.record.verifier}, this installation has {verifier.name}; "
                 "use the version that began the run"
             )
         return verifier
@@ -202,7 +209,15 @@ def environment(config: Config) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "generator": "transformers",
         "learner": "torch",
+        "writer": WRITER,
     }
+
+
+def warn_of_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Says what differs between two fingerprints: from here on, bits may differ from what an undisturbed run computes."""
+    changes = [f"{k} {v} → {now.get(k)}" for k, v in before.items() if k != "writer" and v != now.get(k)]
+    if changes:
+        logger.warning("the environment changed since the last checkpoint: %s", ", ".join(changes))
 
 
 def now() -> str:

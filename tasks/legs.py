@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefect import task
 
@@ -12,6 +13,9 @@ from npo_core.interfaces import NearFutureError
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, LegKind, LegRecord, SegmentManifest
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
+
+if TYPE_CHECKING:
+    from npo_core.workspace import Workspace
 
 
 @task(name="open leg", **OPTIONS)
@@ -33,38 +37,45 @@ def open_leg(run: str, kind: LegKind, parent: CheckpointRef, guide_id: str | Non
 @task(name="train segment", task_run_name="train {leg.kind} {start}-{stop}", **OPTIONS)
 def train_segment(run: str, leg: LegRecord, start: int, stop: int) -> SegmentManifest:
     """Trains steps [start, stop) of a leg and commits the checkpoint, then the segment. Found if it is committed."""
-    from npo_core.progress import progress_bar
-    from npo_core.segment import run_segment
     from npo_core.trackers import track
-    from npo_core.workspace import environment
 
     opened = workspace(run)
     committed = {segment.start: segment for segment in opened.run.segments(leg.leg_id)}
-    if start in committed:
-        return committed[start]
-    parent = leg_checkpoint(run, leg, start)
+    segment = committed.get(start) or _train(opened, leg, leg_checkpoint(run, leg, start), stop)
+    # Here too if it was found: the process that committed it may have died before it said so.
+    track(opened.config.run, opened.run)
+    return segment
+
+
+def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) -> SegmentManifest:
+    from npo_core.progress import progress_bar
+    from npo_core.segment import run_segment
+    from npo_core.workspace import environment, warn_of_changes
+
+    start = parent.step
     head = opened.run.head()
     epoch = head.epoch if head and leg.kind in MAIN_LINE_KINDS else None
     engine = opened.holding(parent, optimizer=True)
-    weights_digest = opened.run.require_checkpoint(parent.leg_id, parent.step).weights_digest
+    before = opened.run.require_checkpoint(parent.leg_id, parent.step)
+    fingerprint = environment(opened.config)
+    warn_of_changes(before.environment, fingerprint)
+    context = opened.context(leg, before.weights_digest)
     opened.trained()
     with progress_bar(f"{leg.kind} {start}-{stop}", stop - start) as bar:
 
         def on_step(done: int, metrics: Mapping[str, float]) -> None:
             bar(done - start, {name: metrics[name] for name in ("reward", "entropy", "npo/replaced")})
 
-        tables = run_segment(
-            opened.context(leg, weights_digest), engine.generator, engine.learner, start, stop, on_step
-        )
-    fingerprint = environment(opened.config)
+        tables = run_segment(context, engine.generator, engine.learner, start, stop, on_step)
     with tempfile.TemporaryDirectory(dir=opened.scratch) as directory:
         engine.learner.save(Path(directory))
         checkpoint = opened.run.commit_checkpoint(leg.leg_id, stop, Path(directory), fingerprint)
     segment = opened.run.commit_segment(
         leg, start, stop, tables.rollouts, tables.metrics, tables.telemetry, checkpoint, epoch, fingerprint
     )
-    opened.now_holds(checkpoint.ref)
-    track(opened.config.run, opened.run)
+    if checkpoint.environment.get("writer") == fingerprint["writer"]:
+        # Otherwise another writer's checkpoint was there first, and the next segment starts from that one.
+        opened.now_holds(checkpoint.ref)
     return segment
 
 

@@ -1,4 +1,4 @@
-"""The update equals the plain computation, whatever the micro-batches, chunks and rows left out of the backward pass."""
+"""The update equals the plain computation, whatever the micro-batches, chunks and rows without a gradient."""
 
 from __future__ import annotations
 

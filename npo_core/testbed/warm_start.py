@@ -1,12 +1,11 @@
 """Makes the testbed's starting policy: supervised learning on demonstrations in which each step may follow a habit.
 
-The policy then knows the right and the wrong rule of every family, as a pretrained model does. Run
-`python -m npo_core.testbed.warm_start --to DIR` to make the shipped model again.
+The policy then knows the right and the wrong rule of every family, as a pretrained model does. The stage
+`npo stage warm-start RUN --rebuild DIR` makes the shipped model again.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from npo_core.progress import progress_bar
 from npo_core.streams import philox
 from npo_core.testbed.families import FAMILIES, draw
 from npo_core.testbed.tokenizer import END, PAD, VOCABULARY, build_tokenizer
@@ -159,18 +159,15 @@ def _deterministic(recipe: WarmStartRecipe) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def main() -> None:
-    """Makes the shipped model again."""
-    parser = argparse.ArgumentParser(description="Make the testbed's starting policy.")
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="model directory to write")
-    recipe = WarmStartRecipe()
+def rebuild(target: Path) -> tuple[str, str]:
+    """Trains the shipped policy again, by the shipped recipe, into `target`.
 
-    def report(step: int, loss: float) -> None:
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{recipe.steps}  loss {loss:.3f}", flush=True)
-
-    print(train(recipe, parser.parse_args().to, report))
-
-
-if __name__ == "__main__":
-    main()
+    Returns:
+        Digest of the new weights, and of the shipped ones. They are equal on the torch build and processor that made
+        the shipped ones.
+    """
+    shipped = json.loads((Path(__file__).parent / "data" / "recipe.json").read_text())
+    recipe = WarmStartRecipe(**{**shipped["recipe"], "betas": tuple(shipped["recipe"]["betas"])})
+    with progress_bar("warm start", recipe.steps) as bar:
+        digest = train(recipe, target, lambda step, loss: bar(step + 1, {"loss": loss}))
+    return digest, shipped["sha256"]

@@ -32,7 +32,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], units: int) -> Interval:
     return Interval(float(statistic(np.arange(units))), float(low), float(high))
 
 
-def bootstrap_mean(values: Sequence[float]) -> Interval:
+def bootstrap_mean(values: Sequence[float] | np.ndarray) -> Interval:
     """Bootstrap of a mean."""
     array = np.array(values)
     return bootstrap(lambda indices: float(array[indices].mean()), len(array))

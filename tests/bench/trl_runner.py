@@ -10,17 +10,18 @@ import math
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.bench.output import arguments, markdown, write_json
-from tests.bench.work import StepRecord, Work, testbed_work
+from tests.bench.work import StepRecord, Work, small_work
 
 
 def train_trl(work: Work, steps: int, on_step: Callable[[StepRecord], None] = lambda _: None) -> list[StepRecord]:
@@ -37,7 +38,9 @@ def train_trl(work: Work, steps: int, on_step: Callable[[StepRecord], None] = la
     transformers.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(work.model_dir, local_files_only=True)
     recorder = Recorder(work, on_step)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        # About the new name of a setting, which not every release of transformers has that ours works with.
+        warnings.simplefilter("ignore", FutureWarning)
         trainer = GRPOTrainer(
             AutoModelForCausalLM.from_pretrained(
                 work.model_dir, dtype=torch.float32, attn_implementation=work.config.model.attention
@@ -193,7 +196,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     args = parser.parse_args()
-    work = testbed_work(args.seed, args.learning_rate)
+    work = small_work(args.seed, args.learning_rate)
     records = train_trl(
         work, args.steps, lambda r: print(f"step {r.step}: {r.reward:.3f}, {r.seconds:.2f} s", file=sys.stderr)
     )

@@ -52,14 +52,16 @@ class StepRecord:
     generate_s: float
     verify_s: float
     update_s: float
+    rest_s: float = 0.0
+    """Writing down what happened."""
 
     @property
     def seconds(self) -> float:
         """The whole step."""
-        return self.generate_s + self.verify_s + self.update_s
+        return self.generate_s + self.verify_s + self.update_s + self.rest_s
 
 
-def testbed_work(seed: int, learning_rate: float = 1e-4) -> Work:
+def small_work(seed: int, learning_rate: float = 1e-4) -> Work:
     """GRPO on the embedded testbed: 32 prompts × 8 rollouts of at most 14 tokens."""
     config = grpo_config(seed, learning_rate, {})
     prompts = PromptTable(*load_source(config), seed, config.rollout.prompts_per_step)

@@ -214,7 +214,7 @@ def environment(config: Config) -> dict[str, str]:
 
 
 def warn_of_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Says what differs between two fingerprints: from here on, bits may differ from what an undisturbed run computes."""
+    """Says what differs between two fingerprints: from here on, bits may differ from an undisturbed run's."""
     changes = [f"{k} {v} → {now.get(k)}" for k, v in before.items() if k != "writer" and v != now.get(k)]
     if changes:
         logger.warning("the environment changed since the last checkpoint: %s", ", ".join(changes))

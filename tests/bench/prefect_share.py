@@ -199,7 +199,7 @@ def show(result: dict[str, Any]) -> str:
             markdown(columns, rows),
             f"Prefect's share beyond the start-up: {result['share']['median']:.2%} (median), "
             f"{result['share']['largest']:.2%} (largest); {result['per_task_ms']:.0f} ms a task; start-up of the leg's "
-            f"flow {result['start_up_s']:.2f} s. Flow over bare leg without start-up: {result['flow_over_bare']:.3f}.",
+            f"flow {result['start_up_s']:.2f} s, of the server {result['server_start_s']:.1f} s. Flow over bare leg without start-up: {result['flow_over_bare']:.3f}.",
             f"Peak memory: {memory['flow']:.0f} MiB as a flow, {memory['bare']:.0f} MiB bare; the local server holds "
             f"{memory['server']:.0f} MiB.",
         ]
@@ -214,8 +214,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="counted pairs of legs")
     parser.add_argument("--evaluate", action="store_true", help="evaluate after each segment, as the study does")
     args = parser.parse_args()
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as store, shared_server():
+        server_s = time.perf_counter() - began
         result = measure(Path(store), args.repeats, args.steps, args.segment_steps, args.evaluate)
+    result["server_start_s"] = server_s
     print(show(result))
     write_json(args.json, result)
 

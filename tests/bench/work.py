@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from npo_core import testbed
 from npo_core.interfaces import Prompt, Verdict, Verifier
@@ -72,6 +73,7 @@ def random_work(directory: Path) -> Work:
     """GRPO on 22.9M random weights with a vocabulary of 32,768: 2 prompts × 8 rollouts of 256 tokens, with rewards
     that a hash decides, so that nearly every group has an advantage."""
     vocabulary, pool, prompt_words = 32768, 64, 32
+    transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
     model = Qwen3Config(
         vocab_size=vocabulary,

@@ -1,0 +1,199 @@
+"""One step end to end on rollouts that the real generator made: mixing, rows, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from npo_core.begin import begin, warm_start
+from npo_core.groups import mix_groups
+from npo_core.guide import GuideTrajectory, make_guide, read_guide, window_prompts
+from npo_core.interfaces import NearFutureError
+from npo_core.segment import LegContext, judge, run_segment, sample_groups, train_batch
+from npo_core.workspace import Workspace
+from schemas.config import Config
+from schemas.records import CheckpointRef, GuideSpec
+
+
+def small(store: Path, name: str = "demo", **sections: dict[str, Any]) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"name": name, "store": f"file://{store}", "total_steps": 4, "segment_steps": 2, "seed": 3},
+            "data": {"prompts": 24, "held_out": 8},
+            "rollout": {"prompts_per_step": 8},
+            "evaluation": {"every": 0},
+            **sections,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    opened = begin(small(tmp_path_factory.mktemp("store")))
+    opened.holding(warm_start(opened), optimizer=True)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def guide(workspace: Workspace) -> Mapping[str, GuideTrajectory]:
+    """Verified answers of the warm-started policy itself, many samples a prompt."""
+    return read_guide(made(workspace).trajectories, verify_in(workspace), encode_in(workspace))
+
+
+def made(workspace: Workspace, k: int = 24) -> Any:
+    head = workspace.run.head()
+    assert head is not None
+    ids = window_prompts(workspace.prompts.batch(step) for step in range(3))
+    spec = GuideSpec(
+        checkpoint=CheckpointRef(leg_id=head.leg_id, step=0, digest="d"),
+        weights_digest="w",
+        start=0,
+        stop=3,
+        prompt_ids=ids,
+        k=k,
+        temperature=1.0,
+        max_new_tokens=14,
+        seed=3,
+        tokenizer_digest=workspace.record.tokenizer_digest,
+        verifier=workspace.record.verifier,
+    )
+    engine = workspace.holding(warm_start(workspace), optimizer=False)
+    prompts = [workspace.prompts.get(i) for i in ids]
+    sampling = context(workspace).sampling
+    return make_guide(
+        spec,
+        "g" * 12,
+        "demo",
+        prompts,
+        engine.generator,
+        sampling,
+        workspace.verifier,
+        workspace.encode,
+        workspace.decode,
+        lambda done, solved: None,
+    )
+
+
+def verify_in(workspace: Workspace) -> Any:
+    return lambda prompt, ids: workspace.verifier.verify(workspace.prompts.get(prompt), workspace.decode(ids))
+
+
+def encode_in(workspace: Workspace) -> Any:
+    return lambda prompt: workspace.encode(workspace.prompts.get(prompt))
+
+
+def context(workspace: Workspace, guide: Mapping[str, GuideTrajectory] | None = None) -> LegContext:
+    return LegContext(
+        "demo",
+        "leg",
+        workspace.config,
+        workspace.prompts,
+        workspace.verifier,
+        workspace.encode,
+        workspace.decode,
+        workspace.stop_ids,
+        guide or {},
+        "w",
+    )
+
+
+def test_hard_groups_with_a_guide_take_it_in_the_last_slot_and_no_others_do(
+    workspace: Workspace, guide: Mapping[str, GuideTrajectory]
+) -> None:
+    engine = workspace.holding(warm_start(workspace), optimizer=True)
+    groups = judge(context(workspace), sample_groups(context(workspace), engine.generator, 0))
+    mixed, metrics = mix_groups(groups, guide, workspace.config.algorithm)
+    for group in mixed:
+        rewards = [v.reward for v in group.group.verdicts]
+        assert group.accuracy == np.mean(rewards)
+        known = guide.get(group.group.prompt.prompt_id)
+        assert (group.guide is not None) == (group.accuracy <= 0.6 and known is not None)
+        if group.guide is not None:
+            assert group.slot == 7
+            modified = np.array([*rewards[:7], group.guide.reward])
+            np.testing.assert_allclose(
+                group.advantages_G, (modified - modified.mean()) / (modified.std(ddof=1) + 1e-6), atol=1e-12
+            ) if modified.std() else np.testing.assert_array_equal(group.advantages_G, 0)
+    assert 0 < metrics["npo/replaced"] <= metrics["npo/eligible"] <= len(mixed)
+    assert metrics["npo/guide_missing"] == metrics["npo/eligible"] - metrics["npo/replaced"]
+
+    batch = train_batch(0, mixed)
+    assert len(batch.prompt_ids) == 64, "the displaced rollout is not in the update"
+    for row in np.flatnonzero(batch.guide_B):
+        assert batch.completion_ids[row][-1] in workspace.stop_ids, "the end token is part of the replaced slot"
+        assert len(batch.guide_logprobs[row]) == len(batch.completion_ids[row])  # type: ignore[arg-type]
+
+
+def test_rows_keep_every_rollout_and_mark_the_displaced_one(
+    workspace: Workspace, guide: Mapping[str, GuideTrajectory]
+) -> None:
+    engine = workspace.holding(warm_start(workspace), optimizer=True)
+    workspace.trained()
+    tables = run_segment(context(workspace, guide), engine.generator, engine.learner, 0, 2, lambda done, metrics: None)
+    rows = tables.rollouts.to_pylist()
+    replaced = [row for row in rows if row["source"] == "guide"]
+    displaced = [row for row in rows if row["displaced"]]
+    key = ("step", "prompt_id", "slot")
+    assert replaced
+    assert {tuple(r[k] for k in key) for r in replaced} == {tuple(r[k] for k in key) for r in displaced}
+    assert len([row for row in rows if row["source"] == "policy"]) == 2 * 64
+    assert all(row["advantage"] is None for row in displaced)
+    for row in rows:
+        assert (
+            row["correct"]
+            == workspace.verifier.verify(
+                workspace.prompts.get(row["prompt_id"]), workspace.decode(row["completion_ids"])
+            ).correct
+        )
+        assert len(row["behavior_logprobs"]) == len(row["completion_ids"])
+    metrics = tables.metrics.to_pylist()
+    for step in (0, 1):
+        own = [row for row in rows if row["source"] == "policy" and row["step"] == step]
+        assert metrics[step]["reward"] == pytest.approx(np.mean([row["reward"] for row in own])), "before replacement"
+        assert metrics[step]["tokens/policy"] == sum(len(row["completion_ids"]) for row in own)
+        assert metrics[step]["npo/replaced"] == sum(row["step"] == step for row in replaced)
+
+
+def test_an_unguided_replay_repeats_its_leg_exactly(workspace: Workspace) -> None:
+    runs = []
+    for _ in range(2):
+        engine = workspace.holding(warm_start(workspace), optimizer=True)
+        workspace.trained()
+        runs.append(run_segment(context(workspace), engine.generator, engine.learner, 0, 3, lambda *_: None))
+    assert runs[0].rollouts.equals(runs[1].rollouts)
+    assert runs[0].metrics.equals(runs[1].metrics)
+
+
+def test_a_guide_keeps_the_first_correct_answer_that_ended_by_itself(workspace: Workspace) -> None:
+    few, many = made(workspace, k=4), made(workspace, k=24)
+    first = {row["prompt_id"]: row for row in few.trajectories.to_pylist()}
+    more = {row["prompt_id"]: row for row in many.trajectories.to_pylist()}
+    assert set(first) < set(more), "more samples solve more prompts"
+    for prompt, row in first.items():
+        assert row["completion_ids"] == more[prompt]["completion_ids"], "the first in sampling order stays"
+    for row in more.values():
+        assert row["correct"]
+        assert row["finish_reason"] == "stop"
+    assert many.tokens > few.tokens > sum(len(row["completion_ids"]) for row in first.values())
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("completion_ids", [5, 5, 5], "not a verified-correct one"),
+        ("finish_reason", "length", "finish_reason length"),
+        ("prompt_ids", [5, 6], "another tokenizer or template"),
+    ],
+)
+def test_a_stored_answer_that_does_not_hold_is_refused(
+    workspace: Workspace, column: str, value: object, message: str
+) -> None:
+    table = made(workspace).trajectories
+    rows = table.to_pylist()
+    rows[0][column] = value
+    with pytest.raises(NearFutureError, match=message):
+        read_guide(type(table).from_pylist(rows, table.schema), verify_in(workspace), encode_in(workspace))

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from prefect import flow
+from pydantic import BaseModel
 
 from flows import stages
-from flows.stages import Summary
 from schemas.config import Config
+from schemas.records import EvalManifest
 from tasks.legs import main_line_checkpoint, main_line_step
 from tasks.policies import evaluate_policy
 from tasks.reports import publish_report
 from tasks.workspaces import begin_run
+
+
+class Summary(BaseModel):
+    """What a whole run returns."""
+
+    run: str
+    """URI of the run."""
+    status: str = "done"
+    head_step: int
+    before: EvalManifest
+    after: EvalManifest
+    report: str
+    """Address of the report."""
 
 
 @flow(name="grpo")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from prefect import flow
-from pydantic import BaseModel
 
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord
 from tasks.decisions import record_schedule
@@ -76,16 +75,3 @@ def train(run: str, leg: LegRecord, stop: int) -> CheckpointRef:
         if leg.kind in MAIN_LINE_KINDS and every and step % every == 0:
             evaluate_policy(run, segment.checkpoint)
     return leg_checkpoint(run, leg, stop)
-
-
-class Summary(BaseModel):
-    """What a whole run returns."""
-
-    run: str
-    """URI of the run."""
-    status: str = "done"
-    head_step: int
-    before: EvalManifest
-    after: EvalManifest
-    report: str
-    """Address of the report."""

@@ -22,7 +22,7 @@ from npo_core.artifacts import RunArtifacts
 from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectory, read_guide
 from npo_core.interfaces import LocalCheckpoint, NearFutureError, Prompt
-from npo_core.policy import Policy
+from npo_core.policy import Policy, choose_device
 from npo_core.prompts import PromptTable, encode, load_verifier
 from npo_core.segment import LegContext
 from schemas.config import Config
@@ -47,7 +47,8 @@ class Workspace:
         self.config, self.run, self.record = config, run, record
         # Exactness: the same kernels in the same order, whoever started the process. Before the first tensor.
         torch.set_num_threads(config.learner.threads)
-        torch.use_deterministic_algorithms(True)
+        # On a GPU some of the kernels that sampling needs have no deterministic form; bit-identity is promised on CPUs.
+        torch.use_deterministic_algorithms(choose_device(config.learner.device).type == "cpu")
         self._scratch = tempfile.TemporaryDirectory(prefix="near-future-")
         self._engine: Engine | None = None
         self._holds: tuple[str, bool] | None = None

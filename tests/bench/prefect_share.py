@@ -198,8 +198,9 @@ def show(result: dict[str, Any]) -> str:
             f"{'' if result['evaluated'] else 'out'} evaluations",
             markdown(columns, rows),
             f"Prefect's share beyond the start-up: {result['share']['median']:.2%} (median), "
-            f"{result['share']['largest']:.2%} (largest); {result['per_task_ms']:.0f} ms a task; start-up of the leg's "
-            f"flow {result['start_up_s']:.2f} s, of the server {result['server_start_s']:.1f} s. Flow over bare leg without start-up: {result['flow_over_bare']:.3f}.",
+            f"{result['share']['largest']:.2%} (largest); {result['per_task_ms']:.0f} ms a task. Flow over bare leg "
+            f"without start-up: {result['flow_over_bare']:.3f}. Start-up of the leg's flow: "
+            f"{result['start_up_s']:.2f} s, of the server: {result['server_start_s']:.1f} s.",
             f"Peak memory: {memory['flow']:.0f} MiB as a flow, {memory['bare']:.0f} MiB bare; the local server holds "
             f"{memory['server']:.0f} MiB.",
         ]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
-import click
 import typer
 
 from flows import cli_stages, cli_views
 from flows.cli_output import Json, emit
 from flows.local_server import prefect_api
 from npo_core.interfaces import ConfigurationError, NearFutureError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     name="npo",
@@ -76,20 +78,17 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("npo").setLevel(logging.INFO)
     try:
-        # Not standalone: click would print a traceback for our errors, and exit codes are ours to choose.
-        code: Any = app(standalone_mode=False)
-    except click.exceptions.Exit as error:
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = 2
+        app()  # ends in SystemExit; bad usage is told by typer, with exit code 2
+    except SystemExit as end:
+        sys.exit(fail("interrupted; the same command resumes it", INTERRUPTED) if end.code == INTERRUPTED else end.code)
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted; the same command resumes it", INTERRUPTED))
     except ConfigurationError as error:
-        code = fail(error, 2)
+        sys.exit(fail(error, 2))
     except (NearFutureError, FloatingPointError) as error:
-        code = fail(error, 1)
-    except (KeyboardInterrupt, click.Abort):
-        code = fail("interrupted; the same command resumes it", 130)
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(fail(error, 1))
+    except OSError as error:
+        sys.exit(fail(f"{error}; mend this and run again, nothing that was committed is lost", 1))
 
 
 def fail(error: object, code: int) -> int:

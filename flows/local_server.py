@@ -18,6 +18,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from npo_core.interfaces import NearFutureError
+
 STARTUP_TIMEOUT_S = 120.0
 GRACE_S = 5.0
 
@@ -27,10 +29,14 @@ def prefect_api() -> Iterator[None]:
     """The Prefect API that PREFECT_API_URL names, or a local server that lives as long as the block.
 
     Enter it before Prefect is imported: Prefect reads its settings at import.
+
+    Raises:
+        NearFutureError: the API does not answer, or refuses what it is asked.
     """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     if os.environ.get("PREFECT_API_URL"):
-        yield
+        with _reachable():
+            yield
         return
     server = LocalServer()
     os.environ["PREFECT_API_URL"] = server.api_url
@@ -38,10 +44,30 @@ def prefect_api() -> Iterator[None]:
         import npo_core.workspace  # noqa: F401  # torch and transformers load while the server starts
 
         server.wait()
-        yield
+        with _reachable():
+            yield
     finally:
         del os.environ["PREFECT_API_URL"]
         server.close()
+
+
+@contextmanager
+def _reachable() -> Iterator[None]:
+    """Tells in one message that the Prefect API failed, and not our work."""
+    try:
+        yield
+    except Exception as error:
+        import httpx
+
+        # Prefect wraps the first call's failure.
+        reason = next((e for e in (error, error.__cause__) if isinstance(e, httpx.HTTPError)), None)
+        if reason is None:
+            raise
+        raise NearFutureError(
+            f"the Prefect API at PREFECT_API_URL {os.environ['PREFECT_API_URL']} does not answer as it should "
+            f"({str(reason) or type(reason).__name__}); start that server, or unset PREFECT_API_URL to have a local "
+            "one; then the same command resumes"
+        ) from error
 
 
 class LocalServer:
@@ -58,6 +84,8 @@ class LocalServer:
         self._supervisor = subprocess.Popen(
             [sys.executable, "-m", "flows.local_server", str(self.port)],
             stdin=subprocess.PIPE,
+            # A Ctrl-C in the terminal is not for it: the pipe decides, so that a run may still report its end.
+            start_new_session=True,
             env={**os.environ, **(environment or {})},
         )
 
@@ -70,7 +98,7 @@ class LocalServer:
         """Returns when the server answers.
 
         Raises:
-            RuntimeError: it ended, or did not answer in time.
+            NearFutureError: it ended, or did not answer in time.
         """
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -81,7 +109,7 @@ class LocalServer:
                 return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
-        raise RuntimeError(
+        raise NearFutureError(
             f"the local Prefect server did not answer on port {self.port}; `prefect server start` shows the reason, "
             "and PREFECT_API_URL names a server that runs already"
         )
@@ -97,8 +125,6 @@ def supervise(port: str) -> None:
     """Runs the server until it ends or standard input closes; then nothing of its process group is left."""
     command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--no-services", "--analytics-off"]
     settings = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL"}
-    # A Ctrl-C in the terminal reaches us too; the pipe decides, so that a run may still report its end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", port],
         stdin=subprocess.DEVNULL,

@@ -14,6 +14,7 @@ import polars as pl
 
 from npo_core.artifacts import open_run
 from npo_core.compare import curve
+from npo_core.interfaces import NearFutureError
 from schemas.digest import digest_json
 from tests.bench.server import shared_server
 
@@ -37,7 +38,7 @@ def run_all(jobs: Iterable[Job], store: str, parallel: int) -> None:
     """Runs every job by the command `npo run`, which goes on where an earlier attempt ended.
 
     Raises:
-        RuntimeError: a run failed; has the end of its standard error.
+        NearFutureError: a run failed; has the end of its standard error.
     """
     with shared_server(), ThreadPoolExecutor(parallel) as pool:
         for job in pool.map(lambda job: _run(job, store), list(jobs)):
@@ -64,5 +65,5 @@ def _run(job: Job, store: str) -> Job:
         text=True,
     )
     if done.returncode:
-        raise RuntimeError(f"{job.name} ended with exit code {done.returncode}:\n{done.stderr[-3000:]}")
+        raise NearFutureError(f"{job.name} ended with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     return job

@@ -14,6 +14,7 @@ is no training). Run it again and it goes on where it was.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,4 +209,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NearFutureError as error:
+        sys.exit(f"study: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,9 @@ from npo_core.workspace import Workspace, environment, new_leg, now
 from schemas.config import Config
 from schemas.digest import digest_bytes, digest_json
 from schemas.records import CheckpointRef, RunRecord
+
+
+_AT_STEP = re.compile(r"(.+)@(\d+)")
 
 
 def begin(config: Config) -> Workspace:
@@ -69,15 +73,14 @@ def starting_model(config: Config, scratch: Path) -> Path:
     Raises:
         ConfigurationError: `model.path` or `model.start_from` names nothing that is there.
     """
-    if config.model.start_from is not None:
-        uri, _, step = config.model.start_from.partition("@")
-        other = open_run(uri)
-        head = other.head()
-        if head is None or (step and not step.isdigit()):
-            raise ConfigurationError(
-                f"model.start_from {config.model.start_from}: no such checkpoint; try `npo show {uri}`"
-            )
-        ref = main_line_checkpoint(other, int(step) if step else None)
+    if (source := config.model.start_from) is not None:
+        uri, step = match.groups() if (match := _AT_STEP.fullmatch(source)) else (source, None)
+        try:
+            other = open_run(uri)
+            other.record()  # says what runs there are if there is no such one
+            ref = main_line_checkpoint(other, None if step is None else int(step))
+        except NearFutureError as error:
+            raise ConfigurationError(f"model.start_from {source}: {error}") from error
         return other.checkout(ref, scratch, weights_only=True).weights
     if config.model.path == "testbed":
         return testbed.model_dir()

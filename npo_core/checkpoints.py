@@ -73,7 +73,8 @@ class Checkpoints(RunFiles):
         if found is None:
             present = ", ".join(str(manifest.step) for manifest in self.checkpoints(leg_id)) or "none"
             raise NearFutureError(
-                f"leg {leg_id} of run {self.run_id} has no checkpoint at step {step}; choose a step of: {present}"
+                f"leg {leg_id} of {self.uri} has no checkpoint at step {step} (it has: {present}); choose one that is "
+                "there, or, if it was lost, restore it from a copy: `npo verify` says how"
             )
         return found
 

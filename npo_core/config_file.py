@@ -21,9 +21,11 @@ def load_config(path: str | Path, overrides: Sequence[str]) -> Config:
         ConfigurationError: the file cannot be read, or a key, type or value is wrong; names each, one a line.
     """
     try:
-        text = Path(path).expanduser().read_text()
+        text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"configuration {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"configuration {path} is no text in UTF-8; give a YAML file") from error
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from npo_core.interfaces import (
     TrainBatch,
     Verifier,
 )
+from npo_core.memory import peak_rss_bytes
 from schemas import tables
 from schemas.config import Config
 
@@ -104,7 +104,7 @@ def run_segment(
                 "verify_time": verified - generated,
                 "update_time": done - verified,
                 "step_time": time.perf_counter() - began,
-                "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_rss_bytes": peak_rss_bytes(),
                 "host": socket.gethostname(),
                 "finished_at": datetime.now(UTC).isoformat(),
             }

@@ -48,14 +48,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def peak_rss_bytes() -> int:
-    """Most memory that this process has held (VmHWM). Not `ru_maxrss`, which a child inherits from its parent."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM; peak memory is measured on Linux only")
-
-
 def _cell(value: object) -> str:
     if value is None:
         return "–"

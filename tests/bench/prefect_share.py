@@ -23,7 +23,8 @@ from unittest.mock import patch
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
-from tests.bench.output import MIB, arguments, markdown, peak_rss_bytes, write_json
+from npo_core.memory import peak_rss_bytes
+from tests.bench.output import MIB, arguments, markdown, write_json
 from tests.bench.server import shared_server
 
 TASKS = ("open_leg", "train_segment", "evaluate_policy")

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from npo_core.memory import peak_rss_bytes
 from tests.bench.intervals import Interval, bootstrap
-from tests.bench.output import MIB, arguments, markdown, peak_rss_bytes, write_json
+from tests.bench.output import MIB, arguments, markdown, write_json
 from tests.bench.work import StepRecord, Work, random_work, small_work
 
 

@@ -212,10 +212,8 @@ def _open(uri: str) -> RunArtifacts:
 
 def _workspace(run: RunArtifacts) -> Workspace:
     from npo_core.workspace import Workspace
-    from schemas.config import Config
 
-    record = run.record()
-    return Workspace(Config.model_validate(record.config), run, record)
+    return Workspace.of(run)
 
 
 # ---- for people

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from npo_core.progress import progress_bar
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord
 from tasks.decisions import record_schedule
 from tasks.legs import leg_checkpoint, main_line_checkpoint, main_line_step, open_leg, train_segment
@@ -67,11 +68,13 @@ def train(run: str, leg: LegRecord, stop: int) -> CheckpointRef:
     """Trains a leg to `stop`, segment by segment; legs of the main line are evaluated on the way."""
     config = workspace(run).config
     size, every = config.run.segment_steps, config.evaluation.every
-    step = leg.start
-    while step < stop:
-        # Boundaries lie at multiples of the segment's size, wherever the leg starts.
-        segment = train_segment(run, leg, step, min(stop, (step // size + 1) * size))
-        step = segment.stop
-        if leg.kind in MAIN_LINE_KINDS and every and step % every == 0:
-            evaluate_policy(run, segment.checkpoint)
+    step, accuracy = leg.start, {}
+    with progress_bar(f"{leg.kind} {leg.start}-{stop}", stop - leg.start) as bar:
+        while step < stop:
+            # Boundaries lie at multiples of the segment's size, wherever the leg starts.
+            segment = train_segment(run, leg, step, min(stop, (step // size + 1) * size))
+            step = segment.stop
+            if leg.kind in MAIN_LINE_KINDS and every and step % every == 0:
+                accuracy = {"accuracy": evaluate_policy(run, segment.checkpoint).accuracy}
+            bar(step - leg.start, accuracy)
     return leg_checkpoint(run, leg, stop)

@@ -21,7 +21,6 @@ from schemas.config import Config
 from schemas.digest import digest_bytes, digest_json
 from schemas.records import CheckpointRef, RunRecord
 
-
 _AT_STEP = re.compile(r"(.+)@(\d+)")
 
 

@@ -122,7 +122,7 @@ class Policy:
         hidden_1LH = self.model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state
         logits_1LV = hidden_1LH @ self.model.get_output_embeddings().weight.T
         bias = getattr(self.model.get_output_embeddings(), "bias", None)
-        if bias is not None or not torch.allclose(output.logits, logits_1LV, rtol=1e-2, atol=1e-2):
+        if bias is not None or not torch.allclose(output.logits, logits_1LV, rtol=1e-2, atol=1e-2, equal_nan=True):
             raise ConfigurationError(
                 f"model.path: {type(self.model).__name__} scales, caps or shifts its logits, which is not supported; "
                 "use an architecture whose logits are a plain product with the output embedding (Qwen3, Llama, …)"

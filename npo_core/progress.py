@@ -1,4 +1,7 @@
-"""Progress of long work: bars in a terminal, plain lines elsewhere."""
+"""Progress of long work: bars in a terminal, plain lines elsewhere.
+
+Work nests: a leg shows its segments and evaluations below itself while they last.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 logger = logging.getLogger("npo")
 
@@ -26,30 +29,62 @@ class Bar(Protocol):
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Bar]:
-    """A bar on stderr where that is a terminal, else a log line at most every ten seconds and one at the end."""
-    if sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task(title, total=total, numbers="")
-            yield lambda done, numbers: progress.update(task, completed=done, numbers=_text(numbers))
-        return
-    last = time.monotonic()
+    """A bar on stderr where that is a terminal; else a line at most every ten seconds, and one when the outermost work
+    is done."""
+    with _bars(title, total) if sys.stderr.isatty() else _lines(title, total) as bar:
+        yield bar
+
+
+_live: Progress | None = None
+
+
+@contextmanager
+def _bars(title: str, total: int) -> Iterator[Bar]:
+    global _live
+    outermost = _live is None
+    progress = _live or Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        console=Console(stderr=True),
+    )
+    task = progress.add_task(title, total=total, numbers="")
+    try:
+        if outermost:
+            _live = progress
+            progress.start()
+        yield lambda done, numbers: progress.update(task, completed=done, numbers=_text(numbers))
+    finally:
+        if outermost:
+            progress.stop()
+            _live = None
+        else:
+            progress.remove_task(task)
+
+
+_depth = 0
+_last_line = 0.0
+
+
+@contextmanager
+def _lines(title: str, total: int) -> Iterator[Bar]:
+    global _depth
+    _depth += 1
+    outermost = _depth == 1
 
     def line(done: int, numbers: Mapping[str, float]) -> None:
-        nonlocal last
+        global _last_line
         now = time.monotonic()
-        if done == total or now - last >= SECONDS_BETWEEN_LINES:
-            last = now
+        if (done == total and outermost) or now - _last_line >= SECONDS_BETWEEN_LINES:
+            _last_line = now
             logger.info("%s %d/%d %s", title, done, total, _text(numbers))
 
-    yield line
+    try:
+        yield line
+    finally:
+        _depth -= 1
 
 
 def _text(numbers: Mapping[str, float]) -> str:

@@ -43,8 +43,15 @@ READABLE = (
 
 
 def scan(run: RunArtifacts, manifests: Sequence[Manifest], role: str, schema: pa.Schema) -> pl.LazyFrame:
-    """The rows of one role over many artifacts, lazily; an empty frame of `schema` if there are none."""
-    paths = [f"{run.uri}/{manifest.file(role).key}" for manifest in manifests]
+    """The rows of one role over many artifacts, lazily; an empty frame of `schema` if there are none.
+
+    Raises:
+        StoreError: a file is missing, truncated or edited; names it. Nothing is shown that was not committed.
+    """
+    files = [manifest.file(role) for manifest in manifests]
+    for file in files:
+        run.store.check(file)
+    paths = [f"{run.uri}/{file.key}" for file in files]
     # No globbing: a store's path may itself hold brackets or stars.
     return pl.scan_parquet(paths, glob=False) if paths else pl.DataFrame(schema.empty_table()).lazy()
 

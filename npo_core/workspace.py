@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from pydantic import ValidationError
 
 from npo_core import lineage
 from npo_core.artifacts import RunArtifacts
@@ -25,6 +26,7 @@ from npo_core.interfaces import LocalCheckpoint, NearFutureError, Prompt
 from npo_core.policy import Policy, choose_device
 from npo_core.prompts import PromptTable, encode, load_verifier
 from npo_core.segment import LegContext
+from schemas import layout
 from schemas.config import Config
 from schemas.records import CheckpointRef, GuideManifest, LegRecord, RunRecord
 
@@ -52,6 +54,25 @@ class Workspace:
         self._scratch = tempfile.TemporaryDirectory(prefix="near-future-")
         self._engine: Engine | None = None
         self._holds: tuple[str, bool] | None = None
+
+    @classmethod
+    def of(cls, run: RunArtifacts) -> Workspace:
+        """The run with the configuration that it began with.
+
+        Raises:
+            NearFutureError: there is no such run, or its record holds no configuration of this version.
+        """
+        record = run.record()
+        try:
+            config = Config.model_validate(record.config)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise NearFutureError(
+                f"{run.uri}/{layout.RUN} holds no configuration that this version reads "
+                f"({'.'.join(map(str, fault['loc']))}: {fault['msg']}); restore it from a copy, or use the version "
+                "that began the run"
+            ) from error
+        return cls(config, run, record)
 
     @property
     def scratch(self) -> Path:

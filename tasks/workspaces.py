@@ -21,9 +21,7 @@ def workspace(run: str) -> Workspace:
         from npo_core.artifacts import open_run
         from npo_core.workspace import Workspace
 
-        artifacts = open_run(run)
-        record = artifacts.record()
-        _OPEN[run] = Workspace(Config.model_validate(record.config), artifacts, record)
+        _OPEN[run] = Workspace.of(open_run(run))
     return _OPEN[run]
 
 

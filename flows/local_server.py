@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from flows.interrupt import insistent_interrupt
 from npo_core.interfaces import NearFutureError
 
 STARTUP_TIMEOUT_S = 120.0
@@ -35,7 +36,7 @@ def prefect_api() -> Iterator[None]:
     """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     if os.environ.get("PREFECT_API_URL"):
-        with _reachable():
+        with _reachable(), insistent_interrupt():
             yield
         return
     server = LocalServer()
@@ -44,7 +45,11 @@ def prefect_api() -> Iterator[None]:
         import npo_core.workspace  # noqa: F401  # torch and transformers load while the server starts
 
         server.wait()
-        with _reachable():
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+        # Nobody watches this server for them, and every flow would wait up to a second for the thread that sends them.
+        without_heartbeats = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+        with without_heartbeats, _reachable(), insistent_interrupt():
             yield
     finally:
         del os.environ["PREFECT_API_URL"]

@@ -134,6 +134,21 @@ class RunArtifacts(Checkpoints, Legs):
         """One guide."""
         return self.store.read(layout.manifest(layout.guide(guide_id)), GuideManifest)
 
+    def require_guide(self, guide_id: str) -> GuideManifest:
+        """One guide.
+
+        Raises:
+            NearFutureError: there is none; names those that there are.
+        """
+        found = self.guide(guide_id)
+        if found is None:
+            present = ", ".join(guide.guide_id for guide in self.guides()) or "none"
+            raise NearFutureError(
+                f"{self.uri} has no guide {guide_id} (it has: {present}); choose one that is there, or run the guide "
+                "stage"
+            )
+        return found
+
     def guides(self) -> list[GuideManifest]:
         """All guides, by creation."""
         return self.manifests(layout.GUIDES, GuideManifest)

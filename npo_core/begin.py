@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import safe_open
 
 from npo_core import testbed
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, prompts_digest
-from npo_core.interfaces import ConfigurationError, NearFutureError
-from npo_core.prompts import load_source, load_verifier, to_arrow
+from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt
+from npo_core.prompts import encode, load_source, load_verifier, to_arrow
 from npo_core.store import open_store
 from npo_core.workspace import Workspace, environment, new_leg, now
 from schemas.config import Config
@@ -109,10 +110,9 @@ def weights_digest(model_dir: Path) -> str:
 def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     """Writes the run's record, and then everything that the record speaks of."""
     model_dir = starting_model(config, scratch / "source")
-    if not any(model_dir.glob("*.safetensors")):
-        raise ConfigurationError(f"model.path {model_dir} holds no .safetensors file; other formats are not loaded")
+    train, held_out = load_source(config)
     tokenizer_dir = scratch / "tokenizer"
-    transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True).save_pretrained(tokenizer_dir)
+    _usable_tokenizer(model_dir, train[0]).save_pretrained(tokenizer_dir)
     digests = {
         "model_digest": weights_digest(model_dir),
         "tokenizer_digest": digest_json(
@@ -120,7 +120,6 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
         ),
         "verifier": load_verifier(config).name,
     }
-    train, held_out = load_source(config)
     prompts = to_arrow(train, held_out)
     digests["prompts_digest"] = prompts_digest(prompts)
     recipe = config.recipe()
@@ -137,6 +136,39 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     run.put_prompts(prompts)
     run.put_model(model_dir, tokenizer_dir, environment=environment(config))
     return record
+
+
+def _usable_tokenizer(model_dir: Path, prompt: Prompt) -> Any:
+    """The tokenizer of a model directory, after a look at all that a run needs of the directory.
+
+    Raises:
+        ConfigurationError: weights, configuration, tokenizer or chat template are missing or damaged.
+    """
+    weights = list(model_dir.glob("*.safetensors"))
+    if not weights:
+        raise ConfigurationError(
+            f"model.path {model_dir} holds no .safetensors file, and other formats can hold code; save the model with "
+            "save_pretrained, which writes safetensors"
+        )
+    part = "weights"
+    try:
+        for file in weights:
+            with safe_open(file, framework="numpy"):
+                pass
+        part = "config.json"
+        transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        part = "tokenizer"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        part = "tokenizer and chat template"
+        if not len(encode(tokenizer, prompt)):
+            raise ValueError("a prompt has no tokens")
+    except Exception as error:  # transformers raises what its parsers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigurationError(
+            f"model.path {model_dir}: its {part} cannot be used ({reason}); give a complete transformers model "
+            "directory, with tokenizer and chat template"
+        ) from error
+    return tokenizer
 
 
 def _leg_recipe(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def load_config(path: str | Path, overrides: Sequence[str]) -> Config:
 def _apply(values: dict[str, Any], override: str) -> None:
     """Sets a dotted key; a number in it indexes a list."""
     key, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not all(key.split(".")):
         raise ConfigurationError(f"override {override!r} is not of the form section.key=value")
     try:
         value = yaml.safe_load(text)

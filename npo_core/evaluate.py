@@ -46,6 +46,9 @@ def evaluate_policy(
         samples: answers a prompt.
         on_prompts: called with (prompts done, answers correct) after each block.
         block: prompts sampled at a time.
+
+    Raises:
+        FloatingPointError: the policy's distribution is not finite; names the step.
     """
     prompts = context.prompts.held_out()
     rows: list[dict[str, Any]] = []
@@ -60,7 +63,10 @@ def evaluate_policy(
             for prompt in part
             for slot in range(samples)
         ]
-        rollouts = generator.sample(prompt_ids, samples, context.sampling, streams)
+        try:
+            rollouts = generator.sample(prompt_ids, samples, context.sampling, streams)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"evaluation of leg {context.leg_id} at step {step}: {error}") from error
         entropies += rollouts.entropies
         for i, completion_ids in enumerate(rollouts.completion_ids):
             prompt = part[i // samples]

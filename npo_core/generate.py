@@ -147,7 +147,9 @@ def draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tens
     total_B = cdf_BV[:, -1]
     if not bool(torch.isfinite(total_B).all()):
         raise FloatingPointError(
-            f"the policy's distribution is not finite in {int((~torch.isfinite(total_B)).sum())} of {len(total_B)} rows"
+            f"the policy's distribution is not finite in {int((~torch.isfinite(total_B)).sum())} of {len(total_B)} "
+            "rows, so its weights hold NaN or inf; start from a sound checkpoint, and lower learner.learning_rate if "
+            "it diverged"
         )
     # right=True finds the first entry above the draw: never a token of probability zero.
     tokens_B1 = torch.searchsorted(cdf_BV, (uniform_B * total_B)[:, None], right=True)

@@ -85,6 +85,9 @@ def make_guide(
         generator: holds the guide policy.
         on_prompts: called with (prompts done, prompts solved) after each block.
         block: prompts sampled at a time.
+
+    Raises:
+        FloatingPointError: the guide policy's distribution is not finite; names the step.
     """
     rows: list[dict[str, Any]] = []
     tokens = 0
@@ -96,7 +99,10 @@ def make_guide(
             for prompt in part
             for slot in range(spec.k)
         ]
-        rollouts = generator.sample(prompt_ids, spec.k, params, streams)
+        try:
+            rollouts = generator.sample(prompt_ids, spec.k, params, streams)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"guide from step {spec.checkpoint.step}: {error}") from error
         tokens += sum(map(len, rollouts.completion_ids))
         for p, prompt in enumerate(part):
             for slot in range(spec.k):

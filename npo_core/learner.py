@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from npo_core.interfaces import LocalCheckpoint, NearFutureError, TrainBatch
@@ -92,7 +93,20 @@ class TorchLearner:
         return metrics
 
     def save(self, target: Path) -> None:
-        """See `Learner.save`."""
+        """See `Learner.save`.
+
+        Raises:
+            NearFutureError: the directory cannot be written.
+        """
+        try:
+            self._save(target)
+        except (SafetensorError, OSError) as error:
+            raise NearFutureError(
+                f"a checkpoint cannot be written into the scratch directory {target} ({error}); free space there, or "
+                "name another one by TMPDIR, and run again; nothing that was committed is lost"
+            ) from error
+
+    def _save(self, target: Path) -> None:
         self.policy.save_weights(target / "weights")
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self.parameters.items():

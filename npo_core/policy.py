@@ -111,8 +111,11 @@ class Policy:
             return AutoModelForCausalLM.from_pretrained(
                 path, dtype=self.dtype, attn_implementation=self.attention, use_safetensors=True, local_files_only=True
             )
-        except (OSError, ValueError) as error:
-            raise NearFutureError(f"model directory {path} cannot be loaded: {error}") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise NearFutureError(
+                f"model directory {path} cannot be loaded ({reason}); start from one that transformers loads"
+            ) from error
 
     @torch.no_grad()
     def _require_linear_head(self) -> None:

@@ -177,9 +177,7 @@ class Workspace:
         Raises:
             NearFutureError: there is none, or it was made under another tokenizer, template or verifier.
         """
-        manifest = self.run.guide(guide_id)
-        if manifest is None:
-            raise NearFutureError(f"{self.run.uri} has no guide {guide_id}; run the guide stage first")
+        manifest = self.run.require_guide(guide_id)
         require_same_terms(manifest, self.record)
         table = self.run.table(manifest, "trajectories")
         return dict(

@@ -12,13 +12,12 @@ from tasks.workspaces import workspace
 @task(name="record decision", **OPTIONS)
 def record_schedule(run: str, guide_id: str) -> GuideSpec:
     """Commits the decision to roll back to the start of a guide's window, asked for by configuration or by a user."""
-    from npo_core.interfaces import NearFutureError
     from npo_core.workspace import now
 
     opened = workspace(run)
-    manifest = opened.run.guide(guide_id)
-    if manifest is None:
-        raise NearFutureError(f"{run} has no guide {guide_id}; `npo show {run}` lists them, the guide stage makes one")
+    # Read and verified before anything moves: a guide that is refused must not cost the main line its steps.
+    opened.guide(guide_id)
+    manifest = opened.run.require_guide(guide_id)
     spec = manifest.spec
     opened.run.commit_decision(
         DecisionRecord(

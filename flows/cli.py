@@ -87,6 +87,11 @@ def main() -> None:
         sys.exit(fail(error, 2))
     except (NearFutureError, FloatingPointError) as error:
         sys.exit(fail(error, 1))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        remedy = "lower rollout.max_rows, learner.micro_batch_tokens or learner.chunk_tokens and run again"
+        sys.exit(fail(f"the GPU's memory is full: {remedy}; nothing that was committed is lost", 1))
     except OSError as error:
         sys.exit(fail(f"{error}; mend this and run again, nothing that was committed is lost", 1))
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Run = Annotated[str, typer.Argument(help="The run: STORE/NAME, say runs/demo or file:///data/runs/demo.")]
 
+ROWS_SHOWN = 10
+"""About as many rows of a comparison are shown to people."""
 METRICS_SHOWN = ("step", "kind", "reward", "batch/accuracy", "entropy", "npo/replaced", "trained_steps", "total_tokens")
 """Columns that `npo metrics` shows to people; `--json` has all."""
 
@@ -102,7 +104,7 @@ def inspect(
 
 
 def metrics(run: Run, json: Json = False) -> None:
-    """Shows the main line's metrics, one row a step, with the steps and tokens spent in all legs by then.
+    """Shows the main line's metrics, one row a step, with what it took by then, scouts and guides included.
 
     Example:
 
@@ -279,7 +281,12 @@ def _comparison(result: dict[str, Any], axes: Iterable[str]) -> Iterable[Any]:
             if row["axis"] == axis:
                 at.setdefault(row["at"], {})[row["run"]] = row["accuracy"]
         rows = [[cost, *(scores[name] for name in names)] for cost, scores in at.items()]
+        # The first, the last and some between: `--json` has all.
+        rows = rows[: -1 : max(1, len(rows) // ROWS_SHOWN)] + rows[-1:]
         yield _table((axis, *labels), rows, f"Held-out accuracy at equal {axis.replace('_', ' ')}")
+    spent = [[label, *list(row.values())[1:]] for label, row in zip(labels, result["spent"], strict=True)]
+    heads = ("run", "trained steps", "policy tokens", "guide tokens", "discarded tokens")
+    yield _table(heads, spent, "Spent by the whole run")
     if result["target"] is None:
         yield Text("the first run has too few evaluations for a target accuracy")
         return

@@ -7,7 +7,14 @@ from prefect import flow
 from npo_core.progress import progress_bar
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord
 from tasks.decisions import record_schedule
-from tasks.legs import leg_checkpoint, main_line_checkpoint, main_line_step, open_leg, train_segment
+from tasks.legs import (
+    leg_checkpoint,
+    main_line_checkpoint,
+    main_line_step,
+    open_leg,
+    require_finished,
+    train_segment,
+)
 from tasks.policies import commit_warm_start, evaluate_policy, make_guide
 from tasks.reports import publish_report
 from tasks.workspaces import workspace
@@ -37,17 +44,18 @@ def guide(run: str, checkpoint: CheckpointRef, start: int, stop: int) -> GuideMa
 @flow(name="replay")
 def replay(run: str, guide_id: str) -> CheckpointRef:
     """Rolls back to the start of the guide's window and runs it again, with the guide's trajectories mixed in."""
-    spec = record_schedule(run, guide_id)
-    leg = open_leg(run, "replay", main_line_checkpoint(run, spec.start), guide_id)
-    return train(run, leg, spec.stop)
+    decision = record_schedule(run, guide_id)
+    leg = open_leg(run, "replay", decision.parent, guide_id)
+    return train(run, leg, decision.stop)
 
 
 @flow(name="main")
 def main(run: str, stop: int) -> CheckpointRef:
     """Goes on with the main line, on-policy, until step `stop`; nothing is done if it has come that far."""
     step, tip = main_line_step(run)
+    require_finished(run, tip, step)
     if step >= stop:
-        return main_line_checkpoint(run, stop)
+        return main_line_checkpoint(run, step)
     leg = tip if tip.kind == "main" else open_leg(run, "main", main_line_checkpoint(run, step))
     return train(run, leg, stop)
 

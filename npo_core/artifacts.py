@@ -209,7 +209,7 @@ class RunArtifacts(Checkpoints, Legs):
 
     def commit_decision(self, decision: DecisionRecord) -> DecisionRecord:
         """Commits a decision, or returns the one about the same leg and step."""
-        return self.store.create(layout.decision(decision.leg_id, decision.step), decision)
+        return self.store.create(layout.decision(decision.leg_id, decision.step, decision.guide_id), decision)
 
     def _read_prompts(self) -> pa.Table:
         data = self.store.read_bytes(layout.PROMPTS)

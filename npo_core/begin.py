@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import tempfile
@@ -37,12 +38,7 @@ def begin(config: Config) -> Workspace:
         # A run killed while it began has a record, but not all that the record speaks of.
         with tempfile.TemporaryDirectory(prefix="near-future-") as scratch:
             record = _freeze(config, run, Path(scratch))
-    differences = list(_differences(record.recipe, config.recipe()))
-    if differences:
-        raise ConfigurationError(
-            f"run {run.uri} was begun with another recipe: {'; '.join(differences)}. "
-            "Restore these values, or give the new recipe another run.name"
-        )
+    _require_same_recipe(run, record, config)
     return Workspace(config, run, record)
 
 
@@ -58,10 +54,10 @@ def warm_start(workspace: Workspace) -> CheckpointRef:
             _copy_weights(source, target / "weights")
             if weights_digest(source) != workspace.record.model_digest:
                 raise NearFutureError(
-                    f"model.path {workspace.config.model.path} no longer holds the weights that run {run.uri} began "
-                    "with; restore them, or begin another run"
+                    f"{_source(workspace.config)} no longer holds the weights that run {run.uri} began with; restore "
+                    "them, or begin another run"
                 )
-            manifest = run.commit_checkpoint(leg.leg_id, 0, target, environment(workspace.config))
+            manifest, _ = run.commit_checkpoint(leg.leg_id, 0, target, environment(workspace.config))
     if run.head() is None:
         run.move_head(None, leg.leg_id)
     return manifest.ref
@@ -104,7 +100,11 @@ def starting_model(config: Config, scratch: Path) -> Path:
 def weights_digest(model_dir: Path) -> str:
     """SHA-256 over the names and bytes of a model directory's weights and `config.json`."""
     files = [*sorted(model_dir.glob("*.safetensors")), model_dir / "config.json"]
-    return digest_json([[file.name, digest_bytes(file.read_bytes())] for file in files])
+    digests = []
+    for file in files:
+        with file.open("rb") as content:
+            digests.append([file.name, hashlib.file_digest(content, "sha256").hexdigest()])
+    return digest_json(digests)
 
 
 def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
@@ -133,6 +133,8 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
             **digests,
         )
     )
+    # Before prompts and model are written: those of a refused configuration would stand in the run's place.
+    _require_same_recipe(run, record, config)
     run.put_prompts(prompts)
     run.put_model(model_dir, tokenizer_dir, environment=environment(config))
     return record
@@ -177,6 +179,12 @@ def _leg_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name != "future"} | {"algorithm": algorithm}
 
 
+def _source(config: Config) -> str:
+    """Where the starting weights come from, in the configuration's words."""
+    origin = config.model.start_from
+    return f"model.path {config.model.path}" if origin is None else f"model.start_from {origin}"
+
+
 def _copy_weights(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for file in source.glob("*.safetensors"):
@@ -184,6 +192,15 @@ def _copy_weights(source: Path, target: Path) -> None:
     for name in ("config.json", "model.safetensors.index.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
+
+
+def _require_same_recipe(run: RunArtifacts, record: RunRecord, config: Config) -> None:
+    differences = list(_differences(record.recipe, config.recipe()))
+    if differences:
+        raise ConfigurationError(
+            f"run {run.uri} was begun with another recipe: {'; '.join(differences)}. "
+            "Restore these values, or give the new recipe another run.name"
+        )
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

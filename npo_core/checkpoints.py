@@ -3,6 +3,7 @@ get in or out."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +16,8 @@ from npo_core.store import StoreError
 from schemas import layout
 from schemas.digest import digest_json
 from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest
+
+logger = logging.getLogger("npo")
 
 ALLOWED_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 _FOLDERS = {"weights": "weights", "model": "weights", "optimizer": "optimizer", "state": "."}
@@ -80,8 +83,12 @@ class Checkpoints(RunFiles):
 
     def commit_checkpoint(
         self, leg_id: str, step: int, directory: Path, environment: Environment
-    ) -> CheckpointManifest:
+    ) -> tuple[CheckpointManifest, bool]:
         """Commits a checkpoint from a directory that is laid out as `LocalCheckpoint`.
+
+        Returns:
+            The committed manifest, and whether it holds the same files as the directory: an earlier attempt's may
+            differ, where bits are not promised to be equal.
 
         Raises:
             NearFutureError: no weights, or a file that could hold a pickle.
@@ -99,7 +106,10 @@ class Checkpoints(RunFiles):
         fault_point("checkpoint-data")
         committed = self.store.commit(folder, manifest)
         fault_point("checkpoint-manifest")
-        return committed
+        same = committed.digest == manifest.digest
+        if not same:
+            logger.warning("%s was committed before, by an attempt with other bits; it is the one that counts", folder)
+        return committed, same
 
     def checkout(self, ref: CheckpointRef, directory: Path, weights_only: bool = False) -> LocalCheckpoint:
         """Copies a checkpoint into a local directory, every hash checked.

@@ -1,8 +1,8 @@
 """Runs side by side: held-out accuracy at equal main-line steps, equal trained steps and equal generated tokens.
 
-Main-line steps alone flatter a method that looks ahead, so every table stands beside those that charge it for its
-scouts, its guides and what it discarded. Between two evaluations a run has the accuracy of the earlier one: nothing is
-interpolated.
+Main-line steps alone flatter a method that looks ahead, so every table stands beside those that charge it for the
+scouts and guides that its steps depended on; what the whole run spent, discarded steps included, stands below them.
+Between two evaluations a run has the accuracy of the earlier one: nothing is interpolated.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ def compare(runs: Sequence[RunArtifacts]) -> dict[str, Any]:
         another one ended; `accuracy` is None beyond a run's end. `target`, None if the first run has fewer than three
         evaluations. `steps_to_accuracy` [{run, main_steps, trained_steps, total_tokens, speedup{axis: ratio}}]: the
         cost at the first evaluation at which the mean of it and the two before it reaches the target; the ratio is the
-        first run's cost over the run's.
+        first run's cost over the run's. `spent` [{run, trained_steps, policy, guide, discarded}]: the whole run's
+        steps, and its generated tokens by what became of them.
 
     Raises:
-        NearFutureError: a run has no evaluation of its main line, or two have the same name.
+        NearFutureError: a run has no evaluation of its main line, two have the same name, or prompts or verifier
+            differ.
     """
+    _require_same_questions(runs)
     curves = {run.uri: curve(run) for run in runs}
     if len(curves) < len(runs):
         raise NearFutureError("the same run is named twice; name each run once")
@@ -60,14 +63,35 @@ def compare(runs: Sequence[RunArtifacts]) -> dict[str, Any]:
         for name in names
     ]
     target = target_accuracy(curves[names[0]])
+    spent = [_spent(run) for run in runs]
     if target is None:
-        return {"rows": rows, "target": None, "steps_to_accuracy": []}
+        return {"rows": rows, "target": None, "steps_to_accuracy": [], "spent": spent}
     reached = [steps_to_accuracy(name, curves[name], target) for name in names]
     return {
         "rows": rows,
         "target": target,
         "steps_to_accuracy": [{**asdict(r), "speedup": _speedup(asdict(reached[0]), asdict(r))} for r in reached],
+        "spent": spent,
     }
+
+
+def _require_same_questions(runs: Sequence[RunArtifacts]) -> None:
+    first, *others = [run.record() for run in runs]
+    for other in others:
+        for what, one, two in (
+            ("prompts", first.prompts_digest[:12], other.prompts_digest[:12]),
+            ("verifier", first.verifier, other.verifier),
+        ):
+            if one != two:
+                raise NearFutureError(
+                    f"runs {first.run_id} and {other.run_id} have other {what} ({one}, {two}): their accuracies cannot "
+                    "be compared; compare runs of one data section"
+                )
+
+
+def _spent(run: RunArtifacts) -> dict[str, Any]:
+    steps = sum(s.stop - s.start for done in views.segments(run).values() for s in done)
+    return {"run": run.uri, "trained_steps": steps, **views.show(run)["tokens"]}
 
 
 def curve(run: RunArtifacts) -> pl.DataFrame:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from npo_core.generate import TransformersGenerator
 from npo_core.interfaces import Generator, Learner
 from npo_core.learner import TorchLearner
-from npo_core.policy import Policy
+from npo_core.policy import Policy, choose_device
 from schemas.config import Config
 
 
@@ -35,6 +37,10 @@ class Engine:
         def load(path: Path) -> Policy:
             return Policy(path, config.model, config.learner)
 
+        # Exactness: the same kernels in the same order, whoever started the process.
+        torch.set_num_threads(config.learner.threads)
+        # On a GPU some of the kernels that sampling needs have no deterministic form; bit-identity is promised on CPUs.
+        torch.use_deterministic_algorithms(choose_device(config.learner.device).type == "cpu")
         policy = load(model_dir)
         reference = starting_policy(load) if config.algorithm.kl_beta > 0 else None
         return cls(TransformersGenerator(policy, config.rollout.max_rows), TorchLearner(policy, config, reference))

@@ -111,7 +111,7 @@ def step_metrics(mixed: Sequence[MixedGroup]) -> dict[str, float]:
 
 
 def group_rows(
-    run_id: str, leg_id: str, step: int, weights_digest: str, verifier: str, mixed: Sequence[MixedGroup]
+    run_id: str, leg_id: str, step: int, weights_digest: str | None, verifier: str, mixed: Sequence[MixedGroup]
 ) -> list[dict[str, Any]]:
     """Trajectory rows of a step: every rollout, the displaced ones too, and the guide's."""
     rows: list[dict[str, Any]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +146,7 @@ def make_guide(
 
 def read_guide(
     table: pa.Table, verify: Callable[[str, Sequence[int]], Verdict], encode: Callable[[str], np.ndarray]
-) -> Mapping[str, GuideTrajectory]:
+) -> dict[str, GuideTrajectory]:
     """A guide's trajectories by prompt, each verified again: nothing unverified is ever replayed.
 
     Args:

@@ -13,7 +13,7 @@ from npo_core.interfaces import NearFutureError
 from npo_core.run_files import Environment, RunFiles, origin
 from schemas import layout
 from schemas.digest import digest_json
-from schemas.records import MAIN_LINE_KINDS, CheckpointManifest, Head, LegRecord, SegmentManifest
+from schemas.records import MAIN_LINE_KINDS, CheckpointManifest, CheckpointRef, Head, LegRecord, SegmentManifest
 
 _SEGMENT = re.compile(r"(\d{6,})-(\d{6,})")
 
@@ -134,6 +134,33 @@ class Legs(RunFiles):
         committed = self.store.commit(folder, manifest)
         fault_point("segment-manifest")
         return committed
+
+    def require_tip(self, leg_id: str) -> Head:
+        """The head, which must be at this leg.
+
+        Raises:
+            NearFutureError: the main line goes on elsewhere.
+        """
+        head = self.head()
+        if head is None or head.leg_id != leg_id:
+            raise NearFutureError(
+                f"leg {leg_id} of {self.run_id} is no longer the tip of the main line ({_text(head)}); see `npo show`, "
+                "and go on from there"
+            )
+        return head
+
+    def require_reached(self, ref: CheckpointRef) -> None:
+        """Raises unless the steps up to a checkpoint are committed: one may be saved and its segment not.
+
+        Raises:
+            NearFutureError: they are not.
+        """
+        leg = self.leg(ref.leg_id)
+        if leg.kind != "warm" and ref.step not in {segment.stop for segment in self.segments(ref.leg_id)}:
+            raise NearFutureError(
+                f"leg {ref.leg_id} of {self.run_id} has a checkpoint at step {ref.step}, but the segment that ends "
+                "there is not committed; run the leg's stage again first"
+            )
 
     def _require_head(self, leg_id: str, epoch: int) -> None:
         head = self.head()

@@ -78,6 +78,11 @@ def main_line(legs: Iterable[LegRecord], head: Head | None) -> list[Stretch]:
     return line[::-1]
 
 
+def ancestors(legs: Iterable[LegRecord], leg_id: str) -> set[str]:
+    """The legs that a leg descends from, itself included."""
+    return {stretch.leg.leg_id for stretch in main_line(legs, Head(leg_id=leg_id, epoch=0))}
+
+
 def status(leg: LegRecord, line: Sequence[Stretch], segments: Sequence[SegmentManifest]) -> LegStatus:
     """What became of a leg, by the main line and by the leg's own segments."""
     stretch = next((stretch for stretch in line if stretch.leg.leg_id == leg.leg_id), None)

@@ -145,6 +145,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU's model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _switch_dropout_off(model: torch.nn.Module) -> None:
     """Ratios compare the same function at two weights; dropout would make it another function at every call."""
     for module in model.modules():

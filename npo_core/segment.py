@@ -91,11 +91,15 @@ def run_segment(
         groups = judge(context, groups)
         verified = time.perf_counter()
         mixed, replacement = mix_groups(groups, context.guide, context.config.algorithm)
+        if not context.guide:
+            # No guide was to be had: none is missing.
+            del replacement["npo/guide_missing"]
         updated = learner.step(train_batch(step, mixed))
         done = time.perf_counter()
 
         fault_point("segment-step")
-        rows += group_rows(context.run_id, context.leg_id, step, context.weights_digest, context.verifier.name, mixed)
+        digest = context.weights_digest if step == start else None
+        rows += group_rows(context.run_id, context.leg_id, step, digest, context.verifier.name, mixed)
         metrics.append({"step": step, **step_metrics(mixed), **replacement, **updated})
         telemetry.append(
             {

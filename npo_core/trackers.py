@@ -7,6 +7,7 @@ was killed between the two exports the segment again, and the points fall on tho
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from npo_core.artifacts import RunArtifacts
 
 Row = Mapping[str, Any]
+
+
+logger = logging.getLogger("npo")
 
 
 class Tracker(Protocol):
@@ -153,8 +157,14 @@ def track(section: RunSection, run: RunArtifacts) -> int:
     Raises:
         ConfigurationError: see `open_trackers`.
     """
-    trackers = open_trackers(section.trackers, section.tracker_dir)
-    return sum(export(run, tracker, Path(section.tracker_dir) / tracker.name / "exported") for tracker in trackers)
+    exported = 0
+    for tracker in open_trackers(section.trackers, section.tracker_dir):
+        try:
+            exported += export(run, tracker, Path(section.tracker_dir) / tracker.name / "exported")
+        except Exception as error:
+            # Training does not stop for a sink: what it has not seen is handed over at the next call.
+            logger.warning("tracker %s failed (%s); the metrics are in the run", tracker.name, error)
+    return exported
 
 
 def export(run: RunArtifacts, tracker: Tracker, markers: Path) -> int:

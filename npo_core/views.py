@@ -227,7 +227,7 @@ def show(run: RunArtifacts) -> dict[str, Any]:
     """The tree of legs, the head, the interventions and the token counts.
 
     Returns:
-        `legs` [{leg_id, kind, parent, parent_step, start, stop, status, guide_id}], `head` {leg_id, epoch, step} or
+        `legs` [{leg_id, kind, parent, start, stop, status, guide_id}], `head` {leg_id, epoch, step} or
         None, `interventions` (decision records that intervene), `tokens` {policy, guide, discarded}.
     """
     legs, head, done = run.legs(), run.head(), segments(run)

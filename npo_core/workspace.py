@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from npo_core.artifacts import RunArtifacts
 from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectory, read_guide
 from npo_core.interfaces import LocalCheckpoint, NearFutureError, Prompt
-from npo_core.policy import Policy, choose_device
+from npo_core.policy import Policy, choose_device, device_name
 from npo_core.prompts import PromptTable, encode, load_verifier
 from npo_core.segment import LegContext
 from schemas import layout
@@ -31,9 +30,6 @@ from schemas.config import Config
 from schemas.records import CheckpointRef, GuideManifest, LegRecord, RunRecord
 
 logger = logging.getLogger("npo")
-
-WRITER = secrets.token_hex(8)
-"""Names this process in what it commits."""
 
 
 class Workspace:
@@ -47,13 +43,10 @@ class Workspace:
 
     def __init__(self, config: Config, run: RunArtifacts, record: RunRecord) -> None:
         self.config, self.run, self.record = config, run, record
-        # Exactness: the same kernels in the same order, whoever started the process. Before the first tensor.
-        torch.set_num_threads(config.learner.threads)
-        # On a GPU some of the kernels that sampling needs have no deterministic form; bit-identity is promised on CPUs.
-        torch.use_deterministic_algorithms(choose_device(config.learner.device).type == "cpu")
         self._scratch = tempfile.TemporaryDirectory(prefix="near-future-")
         self._engine: Engine | None = None
         self._holds: tuple[str, bool] | None = None
+        self._guides: dict[str, dict[str, GuideTrajectory]] = {}
 
     @classmethod
     def of(cls, run: RunArtifacts) -> Workspace:
@@ -123,8 +116,8 @@ class Workspace:
         return encode(self.tokenizer, prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a completion, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Text of a completion without the token that ended it; a verifier sees all other special tokens."""
+        return self.tokenizer.decode(ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids)
 
     def token_text(self, token: int) -> str:
         """Text of one token, special ones included."""
@@ -156,37 +149,39 @@ class Workspace:
         """The engine's weights, optimizer and state are those of this checkpoint, which it has just saved."""
         self._holds = (ref.digest, True)
 
-    def context(self, leg: LegRecord, weights_digest: str) -> LegContext:
-        """What the steps of a leg need to know, its guide included."""
+    def context(
+        self, leg_id: str, weights_digest: str, guide: Mapping[str, GuideTrajectory] | None = None
+    ) -> LegContext:
+        """What the steps of a leg need to know; `guide` is what is mixed into them."""
         return LegContext(
             run_id=self.run.run_id,
-            leg_id=leg.leg_id,
+            leg_id=leg_id,
             config=self.config,
             prompts=self.prompts,
             verifier=self.verifier,
             encode=self.encode,
             decode=self.decode,
             stop_ids=self.stop_ids,
-            guide=self.guide(leg.guide_id) if leg.guide_id else {},
+            guide=guide or {},
             weights_digest=weights_digest,
         )
 
     def guide(self, guide_id: str) -> dict[str, GuideTrajectory]:
-        """A guide's trajectories by prompt, each verified again.
+        """A guide's trajectories by prompt, each verified again when they are first read.
 
         Raises:
             NearFutureError: there is none, or it was made under another tokenizer, template or verifier.
         """
-        manifest = self.run.require_guide(guide_id)
-        require_same_terms(manifest, self.record)
-        table = self.run.table(manifest, "trajectories")
-        return dict(
-            read_guide(
+        if guide_id not in self._guides:
+            manifest = self.run.require_guide(guide_id)
+            require_same_terms(manifest, self.record)
+            table = self.run.table(manifest, "trajectories")
+            self._guides[guide_id] = read_guide(
                 table,
                 lambda prompt_id, ids: self.verifier.verify(self.prompts.get(prompt_id), self.decode(ids)),
                 lambda prompt_id: self.encode(self.prompts.get(prompt_id)),
             )
-        )
+        return self._guides[guide_id]
 
     @contextlib.contextmanager
     def _checked_out(self, ref: CheckpointRef, weights_only: bool) -> Iterator[LocalCheckpoint]:
@@ -220,22 +215,27 @@ def require_same_terms(guide: GuideManifest, record: RunRecord) -> None:
 
 def environment(config: Config) -> dict[str, str]:
     """Fingerprint of what computes: shown beside a segment, not part of any identity."""
+    learner = config.learner
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "device": config.learner.device,
-        "threads": str(torch.get_num_threads()),
+        "device": device_name(choose_device(learner.device)),
+        "threads": str(learner.threads),
+        # How work is cut into passes changes sums by rounding.
+        "passes": "/".join(map(str, (config.rollout.max_rows, learner.micro_batch_tokens, learner.chunk_tokens))),
+        "chunk_vocab": str(learner.chunk_vocab),
+        "attention": config.model.attention,
+        "gradient_checkpointing": str(learner.gradient_checkpointing),
         "generator": "transformers",
         "learner": "torch",
-        "writer": WRITER,
     }
 
 
 def warn_of_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Says what differs between two fingerprints: from here on, bits may differ from an undisturbed run's."""
-    changes = [f"{k} {v} → {now.get(k)}" for k, v in before.items() if k != "writer" and v != now.get(k)]
+    changes = [f"{k} {v} → {now.get(k)}" for k, v in before.items() if v != now.get(k)]
     if changes:
         logger.warning("the environment changed since the last checkpoint: %s", ", ".join(changes))
 

@@ -74,8 +74,8 @@ class DataSection(Section):
 class RolloutSection(Section):
     """How the policy samples its on-policy rollouts."""
 
-    group_size: int = Field(8, ge=1)
-    """Rollouts a prompt and step (n)."""
+    group_size: int = Field(8, ge=2)
+    """Rollouts a prompt and step (n). A single one would have no group to be better than."""
     prompts_per_step: int = Field(32, ge=1)
     """Distinct prompts a step."""
     max_new_tokens: int = Field(14, ge=1)
@@ -83,7 +83,7 @@ class RolloutSection(Section):
     temperature: float = Field(1.0, gt=0, le=10)
     """Sampling temperature of rollouts, guide and evaluation; log-probabilities are those of this distribution."""
     max_rows: int = Field(1024, ge=1)
-    """Most rows that are generated at once: bounds the memory of the KV cache. Does not change what is sampled."""
+    """Most rows that are generated at once, but at least one prompt's: bounds the memory of the KV cache."""
 
 
 class LearnerSection(Section):
@@ -191,6 +191,21 @@ class EvaluationSection(Section):
     """Answers a held-out prompt."""
 
 
+NOT_RECIPE = {
+    "model": ("attention",),
+    "rollout": ("max_rows",),
+    "learner": (
+        "threads",
+        "device",
+        "micro_batch_tokens",
+        "chunk_tokens",
+        "chunk_vocab",
+        "gradient_checkpointing",
+    ),
+}
+"""How the work is cut to fit a machine: changes results by rounding only, and may have to change in mid-run."""
+
+
 class Config(Section):
     """A run's whole configuration, as `npo run` reads it from YAML."""
 
@@ -246,6 +261,7 @@ class Config(Section):
         """
         recipe = self.model_dump(mode="json", exclude={"evaluation"})
         recipe["run"] = {"seed": self.run.seed}
-        for field in ("threads", "device"):
-            del recipe["learner"][field]
+        for section, fields in NOT_RECIPE.items():
+            for field in fields:
+                del recipe[section][field]
         return recipe

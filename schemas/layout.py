@@ -50,9 +50,10 @@ def evaluation(eval_id: str) -> str:
     return f"{EVALS}/{eval_id}"
 
 
-def decision(leg_id: str, step: int) -> str:
-    """The decision record of (leg, step)."""
-    return f"{DECISIONS}/{leg_id}-{step:06d}.json"
+def decision(leg_id: str, step: int, guide_id: str | None) -> str:
+    """The decision record of (leg, step), and of the guide if there is one already."""
+    suffix = "" if guide_id is None else f"-{guide_id}"
+    return f"{DECISIONS}/{leg_id}-{step:06d}{suffix}.json"
 
 
 def data_file(folder: str, name: str, sha256: str) -> str:

@@ -225,7 +225,7 @@ class EvalManifest(Manifest):
 
 
 class DecisionRecord(Record):
-    """`decisions/{leg_id}-{step}.json`: why training does, or does not, roll back. Committed before anything acts."""
+    """`decisions/…json`: why training does, or does not, roll back. Committed before anything acts."""
 
     leg_id: str
     """Leg that the decision is about."""
@@ -242,4 +242,8 @@ class DecisionRecord(Record):
     """Δ, in steps."""
     window: int | None = Field(None, ge=1)
     """W, in steps."""
+    parent: CheckpointRef | None = None
+    """Checkpoint of the main line that training rolls back to."""
+    guide_id: str | None = None
+    """Guide to be mixed in, where it is known when the decision falls: one leg and step may have several."""
     created_at: str

@@ -22,7 +22,7 @@ TRAJECTORIES = pa.schema(
         pa.field("source", pa.string(), nullable=False),  # policy | guide
         pa.field("task", pa.string(), nullable=False),
         pa.field("behavior_step", pa.int32(), nullable=False),
-        pa.field("behavior_digest", pa.string(), nullable=False),
+        pa.field("behavior_digest", pa.string()),  # of its weights; null: no checkpoint holds them
         pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("completion_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("loss_mask", pa.list_(pa.bool_())),  # null: every completion token

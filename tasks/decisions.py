@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+from typing import NamedTuple
+
 from prefect import task
 
-from schemas.records import DecisionRecord, GuideSpec
+from schemas.records import CheckpointRef, DecisionRecord
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
 
+logger = logging.getLogger("npo")
+
+
+class Replay(NamedTuple):
+    """What a decision to replay says that the replay needs."""
+
+    parent: CheckpointRef
+    stop: int
+
 
 @task(name="record decision", **OPTIONS)
-def record_schedule(run: str, guide_id: str) -> GuideSpec:
+def record_schedule(run: str, guide_id: str) -> Replay:
     """Commits the decision to roll back to the start of a guide's window, asked for by configuration or by a user."""
+    from npo_core.artifacts import main_line_checkpoint
     from npo_core.workspace import now
 
     opened = workspace(run)
-    # Read and verified before anything moves: a guide that is refused must not cost the main line its steps.
-    opened.guide(guide_id)
+    # Read, verified and looked up before anything moves: what is refused must not cost the main line its steps.
+    if not opened.guide(guide_id):
+        logger.warning("guide %s solves no prompt: its replay will repeat the main line", guide_id)
     manifest = opened.run.require_guide(guide_id)
     spec = manifest.spec
+    parent = main_line_checkpoint(opened.run, spec.start)
     opened.run.commit_decision(
         DecisionRecord(
             leg_id=spec.checkpoint.leg_id,
@@ -30,7 +45,9 @@ def record_schedule(run: str, guide_id: str) -> GuideSpec:
             start=spec.start,
             lookahead=spec.checkpoint.step - spec.start,
             window=spec.stop - spec.start,
+            parent=parent,
+            guide_id=guide_id,
             created_at=now(),
         )
     )
-    return spec
+    return Replay(parent, spec.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from tasks.workspaces import workspace
 if TYPE_CHECKING:
     from npo_core.workspace import Workspace
 
+logger = logging.getLogger("npo")
+
 
 @task(name="open leg", **OPTIONS)
 def open_leg(run: str, kind: LegKind, parent: CheckpointRef, guide_id: str | None = None) -> LegRecord:
@@ -31,6 +34,8 @@ def open_leg(run: str, kind: LegKind, parent: CheckpointRef, guide_id: str | Non
         line = lineage.main_line(opened.run.legs(), head) if head else []
         if leg.leg_id not in {stretch.leg.leg_id for stretch in line}:
             opened.run.move_head(head, leg.leg_id)
+            if line and line[-1].leg.leg_id not in lineage.ancestors(opened.run.legs(), leg.leg_id):
+                logger.warning("the main line leaves leg %s for leg %s", line[-1].leg.leg_id, leg.leg_id)
     return leg
 
 
@@ -52,14 +57,15 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
     from npo_core.segment import run_segment
     from npo_core.workspace import environment, warn_of_changes
 
-    start = parent.step
-    head = opened.run.head()
-    epoch = head.epoch if head and leg.kind in MAIN_LINE_KINDS else None
+    start, epoch = parent.step, None
+    if leg.kind in MAIN_LINE_KINDS:
+        epoch = opened.run.require_tip(leg.leg_id).epoch
     engine = opened.holding(parent, optimizer=True)
     before = opened.run.require_checkpoint(parent.leg_id, parent.step)
     fingerprint = environment(opened.config)
     warn_of_changes(before.environment, fingerprint)
-    context = opened.context(leg, before.weights_digest)
+    guide = opened.guide(leg.guide_id) if leg.guide_id else {}
+    context = opened.context(leg.leg_id, before.weights_digest, guide)
     opened.trained()
     with progress_bar(f"{leg.kind} {start}-{stop}", stop - start) as bar:
 
@@ -69,12 +75,12 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
         tables = run_segment(context, engine.generator, engine.learner, start, stop, on_step)
     with tempfile.TemporaryDirectory(dir=opened.scratch) as directory:
         engine.learner.save(Path(directory))
-        checkpoint = opened.run.commit_checkpoint(leg.leg_id, stop, Path(directory), fingerprint)
+        checkpoint, same = opened.run.commit_checkpoint(leg.leg_id, stop, Path(directory), fingerprint)
     segment = opened.run.commit_segment(
         leg, start, stop, tables.rollouts, tables.metrics, tables.telemetry, checkpoint, epoch, fingerprint
     )
-    if checkpoint.environment.get("writer") == fingerprint["writer"]:
-        # Otherwise another writer's checkpoint was there first, and the next segment starts from that one.
+    if same:
+        # Otherwise another attempt's checkpoint was there first, and the next segment starts from that one.
         opened.now_holds(checkpoint.ref)
     return segment
 
@@ -107,6 +113,19 @@ def main_line_step(run: str) -> tuple[int, LegRecord]:
     tip = main_line(opened.run.legs(), head)[-1].leg
     segments = opened.run.segments(tip.leg_id)
     return (segments[-1].stop if segments else tip.start), tip
+
+
+def require_finished(run: str, tip: LegRecord, step: int) -> None:
+    """Raises if the main line's tip is a replay that has not come to the end of its guide's window.
+
+    Raises:
+        NearFutureError: it is; names the command that finishes it.
+    """
+    if tip.guide_id is not None and step < (stop := workspace(run).run.require_guide(tip.guide_id).spec.stop):
+        raise NearFutureError(
+            f"the replay leg {tip.leg_id} has come to step {step} of its window's end at {stop}; "
+            f"`npo stage replay {run} --guide {tip.guide_id}` finishes it"
+        )
 
 
 def main_line_checkpoint(run: str, step: int) -> CheckpointRef:

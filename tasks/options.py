@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 from prefect.cache_policies import NO_CACHE
@@ -11,9 +12,13 @@ from npo_core.interfaces import NearFutureError
 
 
 async def is_passing_fault(task: Any, run: Any, state: State[Any]) -> bool:
-    """Whether a retry may help: input and output may fail and recover, arithmetic and bad input do not."""
+    """Whether a retry may help: a device or a network may recover; a full disk, bad input and arithmetic do not."""
     error = await state.aresult(raise_on_failure=False)
-    return isinstance(error, OSError) and not isinstance(error, NearFutureError)
+    reason = error.__cause__ if isinstance(error, NearFutureError) else error
+    return isinstance(reason, OSError) and reason.errno in PASSING
+
+
+PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET}
 
 
 OPTIONS: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import task
 
+from npo_core.interfaces import ConfigurationError
 from schemas.records import CheckpointRef, EvalManifest, GuideManifest, GuideSpec
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
@@ -26,7 +27,13 @@ def make_guide(run: str, checkpoint: CheckpointRef, start: int, stop: int) -> Gu
     from npo_core.progress import progress_bar
     from npo_core.workspace import environment
 
+    if not (start < stop and start < checkpoint.step):
+        raise ConfigurationError(
+            f"a guide from step {checkpoint.step} cannot serve steps {start}-{stop}: the window must hold a step, and "
+            "begin before the guide's checkpoint"
+        )
     opened = workspace(run)
+    opened.run.require_reached(checkpoint)
     rollout = opened.config.rollout
     spec = GuideSpec(
         checkpoint=checkpoint,
@@ -78,7 +85,7 @@ def evaluate_policy(run: str, checkpoint: CheckpointRef) -> EvalManifest:
         return committed
     manifest = opened.run.require_checkpoint(checkpoint.leg_id, checkpoint.step)
     engine = opened.holding(checkpoint, optimizer=False)
-    context = opened.context(opened.run.leg(checkpoint.leg_id), manifest.weights_digest)
+    context = opened.context(checkpoint.leg_id, manifest.weights_digest)
     prompts = len(opened.prompts.held_out())
     with progress_bar(f"evaluate {checkpoint.step}", prompts) as bar:
         evaluation = evaluate_policy(

@@ -222,7 +222,7 @@ class _Builder:
                 tensors = {"w": rng.standard_normal((4, 4)).astype(np.float32)}
                 save_file(tensors, root / folder / f"{file}.safetensors", {"format": "pt"})
             (root / "state.json").write_text(json.dumps({"step": step}))
-            return self.artifacts.commit_checkpoint(leg.leg_id, step, root, ENVIRONMENT)
+            return self.artifacts.commit_checkpoint(leg.leg_id, step, root, ENVIRONMENT)[0]
 
     def _guide(self, future: _Policy, start: int, stop: int) -> GuideManifest:
         ids = sorted({prompt.prompt_id for step in range(start, stop) for prompt in self.prompts.batch(step)})

@@ -174,7 +174,7 @@ def test_every_view_prints_the_json_of_the_contract(
     assert fields(inspected) >= {"leg_id", "step", "prompt_id", "slot", "source", "reward", "text", "prompt"}
     assert {row["step"] for row in inspected} == {1}
     exported = ask("inspect", npo_run["run"], "--parquet", tmp_path / "rows.parquet")
-    assert exported["count"] > 500 or exported["count"] > len(inspected)
+    assert exported["count"] > len(inspected) > 0
     assert [row["step"] for row in ask("metrics", npo_run["run"])["rows"]] == list(range(8))
     compared = ask("compare", grpo_run["run"], npo_run["run"])
     assert fields(compared["rows"]) == {"axis", "at", "run", "accuracy"}

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from npo_core.config_file import load_config
 from npo_core.interfaces import ConfigurationError
-from schemas.config import Config, Intervention
+from schemas.config import NOT_RECIPE, Config, Intervention
 from tests.command import ROOT
 
 CONFIGS = sorted((ROOT / "deploy" / "configs").glob("*.yaml"))
@@ -26,10 +26,10 @@ BASE: dict[str, Any] = {
 }
 NO_RECIPE = (
     {f"run.{name}" for name in ("name", "store", "total_steps", "segment_steps", "trackers", "tracker_dir")}
-    | {"learner.threads", "learner.device"}
+    | {f"{section}.{field}" for section, fields in NOT_RECIPE.items() for field in fields}
     | {"evaluation.every", "evaluation.samples"}
 )
-"""What does not change the numbers that training computes."""
+"""What does not change the numbers that training computes, but for rounding."""
 
 
 @pytest.fixture

@@ -388,7 +388,7 @@ def test_a_reference_to_a_leg_that_is_not_there(damaged: Damaged, key: str) -> N
     record: Record | None = damaged.run.head()
     if key == "decisions":
         record = damaged.run.decisions()[0]
-        key = layout.decision("nowhere", 2)
+        key = layout.decision("nowhere", 2, None)
     assert record is not None
     damaged.write(key, record.model_copy(update={"leg_id": "nowhere"}))
     (fault,) = damaged.faults()

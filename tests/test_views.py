@@ -142,7 +142,7 @@ def test_a_truncated_file_is_one_message_with_a_remedy(store: Path, tmp_path: Pa
     run = open_run(f"{tmp_path}/copy/npo")
     for file in (tmp_path / "copy/npo/legs").rglob("metrics-*.parquet"):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(NearFutureError, match="npo verify"):
+    with pytest.raises(NearFutureError, match="restore it from a copy"):
         views.metrics(run)
 
 

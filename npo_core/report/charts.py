@@ -12,7 +12,7 @@ import polars as pl
 
 from schemas.records import EvalManifest
 
-AXES = {"steps": "main-line step", "tokens": "generated tokens, all legs and guides"}
+AXES = {"steps": "main-line step", "tokens": "generated tokens, scouts and guides included"}
 """Horizontal axes of the curves and their titles."""
 COLOURS = {"warm": "#6b7280", "main": "#0072b2", "replay": "#007a5a", "scout": "#c47f00"}
 """One a kind of leg, told apart by colour-blind readers (after Okabe and Ito, darkened for thin lines)."""

@@ -32,7 +32,7 @@ demo: setup  ## GRPO and NPO on the embedded testbed, compared
 	$(BIN)/npo run deploy/configs/testbed-grpo.yaml
 	$(BIN)/npo run deploy/configs/testbed-npo.yaml
 	$(BIN)/npo compare runs/testbed-grpo runs/testbed-npo
-	@echo "report:" && $(BIN)/npo report runs/testbed-npo --out runs/testbed-npo.html
+	@printf "report: " && $(BIN)/npo report runs/testbed-npo --out $(CURDIR)/runs/testbed-npo.html
 
 check: setup-dev  ## lint, types, fast tests
 	$(BIN)/ruff check .

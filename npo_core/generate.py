@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from npo_core.interfaces import FinishReason, LocalCheckpoint, Rollouts, SamplingParams, StreamKey
-from npo_core.padding import pad_left, positions
+from npo_core.padding import pad, positions
 from npo_core.policy import Policy
 from npo_core.streams import uniforms
 
@@ -62,7 +62,7 @@ class TransformersGenerator:
     ) -> None:
         model, device = self.policy.model, self.policy.device
         rows, limit = len(prompts) * n, params.max_new_tokens
-        ids_PL, mask_PL = pad_left(prompts, device)
+        ids_PL, mask_PL = pad(prompts, "left", device)
         lengths_P = mask_PL.sum(dim=1)
         width = ids_PL.shape[1]
         model.eval()

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def pad_left(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids_BL int64, mask_BL int64): rows end at the right edge, as generation wants them. Pads are id 0, masked."""
+def pad(rows: Sequence[np.ndarray], side: Literal["left", "right"], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids_BL, mask_BL), int64, padded on that side: left as generation wants it, right as training does.
+
+    Pads are id 0 and masked.
+    """
     width = max(len(row) for row in rows)
     ids_BL, mask_BL = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):
-        ids_BL[i, width - len(row) :] = row
-        mask_BL[i, width - len(row) :] = 1
-    return torch.from_numpy(ids_BL).to(device), torch.from_numpy(mask_BL).to(device)
-
-
-def pad_right(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids_BL int64, mask_BL int64): rows begin at the left edge, as training wants them. Pads are id 0, masked."""
-    width = max(len(row) for row in rows)
-    ids_BL, mask_BL = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
-    for i, row in enumerate(rows):
-        ids_BL[i, : len(row)] = row
-        mask_BL[i, : len(row)] = 1
+        place = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids_BL[i, place] = row
+        mask_BL[i, place] = 1
     return torch.from_numpy(ids_BL).to(device), torch.from_numpy(mask_BL).to(device)
 
 

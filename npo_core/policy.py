@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.logprobs import linear_logprobs
-from npo_core.padding import length_sorted_batches, pad_right
+from npo_core.padding import length_sorted_batches, pad
 from schemas.config import LearnerSection, ModelSection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -67,7 +67,8 @@ class Policy:
         """
         lengths = np.array([len(row) for row in completions])
         starts = np.array([len(row) for row in prompts])
-        ids_BL, _ = pad_right([np.concatenate(pair) for pair in zip(prompts, completions, strict=True)], self.device)
+        rows = [np.concatenate(pair) for pair in zip(prompts, completions, strict=True)]
+        ids_BL, _ = pad(rows, "right", self.device)
         self.model.train(self.training)
         # Right-padded rows need no mask under causal attention: pads come after every real token.
         hidden_BLH = self.model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state

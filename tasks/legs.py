@@ -104,15 +104,15 @@ def main_line_step(run: str) -> tuple[int, LegRecord]:
     Raises:
         NearFutureError: the run has no main line yet.
     """
-    from npo_core.lineage import main_line
+    from npo_core.lineage import line_stop, main_line
 
     opened = workspace(run)
     head = opened.run.head()
     if head is None:
         raise NearFutureError(f"{run} has no main line yet; run the warm-start stage first")
-    tip = main_line(opened.run.legs(), head)[-1].leg
-    segments = opened.run.segments(tip.leg_id)
-    return (segments[-1].stop if segments else tip.start), tip
+    line = main_line(opened.run.legs(), head)
+    tip = line[-1].leg
+    return line_stop(line, {tip.leg_id: opened.run.segments(tip.leg_id)}), tip
 
 
 def require_finished(run: str, tip: LegRecord, step: int) -> None:

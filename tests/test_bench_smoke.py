@@ -9,8 +9,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-pytest.importorskip("trl", reason="the yardstick is in the extra `bench`")
-
 from tests.bench import study
 from tests.bench.ours import OurTrainer
 from tests.bench.trl_runner import Recorder, check, train_trl

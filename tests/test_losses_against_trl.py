@@ -22,7 +22,6 @@ AGGREGATIONS = {"grpo": "seq-mean-token-mean", "dapo": "token-mean", "dr_grpo": 
 
 def trainer(tmp_path: Path, loss_type: str, beta: float) -> Any:
     """TRL's trainer as its users make it, about a random Qwen3 in float64 on the CPU."""
-    pytest.importorskip("trl", reason="the yardstick is in the extra `bench`")
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from npo_core.progress import progress_bar
 from npo_core.streams import philox
@@ -120,6 +121,7 @@ def train(recipe: WarmStartRecipe, target: Path, on_step: Callable[[int, float],
     Returns:
         Hexadecimal SHA-256 of `model.safetensors`; equal recipes give equal weights on one torch build.
     """
+    transformers_logging.disable_progress_bar()
     tokenizer = build_tokenizer()
     rng = philox("warm start", recipe.seed)
     with _deterministic(recipe):

@@ -10,6 +10,7 @@ import typer
 from flows.cli_output import Json, emit
 from flows.local_server import prefect_api
 from npo_core.interfaces import ConfigurationError
+from schemas.records import CheckpointRef, EvalManifest, GuideManifest
 
 app = typer.Typer(
     help="Runs one stage of an existing run; committed work is found, not done again.", no_args_is_help=True
@@ -38,7 +39,19 @@ def stage(name: str, run: str, json: bool, **options: Any) -> None:
         }[name]
         made = flow(uri, **options)
     artifact = made if isinstance(made, str) else made.model_dump(mode="json")
-    emit(json, {"stage": name, "artifacts": [artifact]}, f"{name}: {artifact}")
+    emit(json, {"stage": name, "artifacts": [artifact]}, f"{name}: {_in_words(made)}")
+
+
+def _in_words(made: str | CheckpointRef | GuideManifest | EvalManifest) -> str:
+    match made:
+        case CheckpointRef():
+            return f"leg {made.leg_id} at step {made.step}"
+        case GuideManifest():
+            window = f"steps {made.spec.start}–{made.spec.stop}"
+            return f"guide {made.guide_id} solves {made.solved} of {len(made.spec.prompt_ids)} prompts of {window}"
+        case EvalManifest():
+            return f"accuracy {made.accuracy:.3f} of leg {made.checkpoint.leg_id} at step {made.checkpoint.step}"
+    return made
 
 
 @app.command("warm-start")
@@ -104,7 +117,9 @@ def guide(
     """
     from npo_core.artifacts import open_run
 
-    stage("guide", run, json, checkpoint=open_run(run).require_checkpoint(leg, step).ref, start=start, stop=stop)
+    opened = open_run(run)
+    checkpoint = opened.require_checkpoint(opened.leg(leg).leg_id, step)
+    stage("guide", run, json, checkpoint=checkpoint.ref, start=start, stop=stop)
 
 
 @app.command()

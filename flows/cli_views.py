@@ -48,8 +48,9 @@ def ls(
 
     opened = open_store(store)
     rows = views.ls(opened)
-    columns = ("run_id", "method", "head_step", "accuracy", "created_at")
-    table = _table(columns, ([row[column] for column in columns] for row in rows), f"Runs in {opened.root}")
+    columns = ("run_id", "method", "head_step", "accuracy")
+    cells = ([*(row[column] for column in columns), row["created_at"][:16].replace("T", " ")] for row in rows)
+    table = _table((*columns, "created (UTC)"), cells, f"Runs in {opened.root}")
     emit(json, {"runs": rows}, table if rows else Text(f"no runs in {opened.root}"))
 
 
@@ -64,10 +65,18 @@ def show(run: Run, json: Json = False) -> None:
 
     shown = views.show(_open(run))
     head, tokens = shown["head"], shown["tokens"]
-    where = f"head: leg {head['leg_id']} at step {head['step']}, epoch {head['epoch']}" if head else "no head yet"
-    spent = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
-    lines = [f"intervention at step {d['step']}: {d['reason']}" for d in shown["interventions"]]
-    text = Group(_tree(shown), Text("\n".join([where, *lines, f"generated tokens: {spent}"])))
+    where = f"head: leg {head['leg_id']} at step {head['step']}" if head else "no head yet"
+    guides = [
+        f"guide {g['guide_id']}: leg {g['leg_id']} at step {g['step']} solves {g['solved']} of {g['prompts']} prompts "
+        f"of steps {g['start']}–{g['stop']}"
+        for g in shown["guides"]
+    ]
+    decisions = [f"intervention at step {d['start']}: {d['reason']}" for d in shown["interventions"]]
+    spent = (
+        f"generated tokens: main line {tokens['policy']:,}, guides {tokens['guide']:,}, "
+        f"scouts and discarded {tokens['discarded']:,}"
+    )
+    text = Group(_tree(shown), Text("\n".join([where, *guides, *decisions, spent])))
     emit(json, shown, text)
 
 
@@ -87,7 +96,7 @@ def inspect(
 
       npo inspect runs/demo --step 12 --source guide
 
-      npo inspect runs/demo --prompt p0017 --parquet p0017.parquet
+      npo inspect runs/demo --prompt 3da5d573a679 --parquet one.parquet
     """
     from npo_core import views
 
@@ -224,7 +233,7 @@ def _workspace(run: RunArtifacts) -> Workspace:
 def _table(columns: Sequence[str], rows: Iterable[Iterable[Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column == "run")
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
     return table
@@ -285,7 +294,7 @@ def _comparison(result: dict[str, Any], axes: Iterable[str]) -> Iterable[Any]:
         rows = rows[: -1 : max(1, len(rows) // ROWS_SHOWN)] + rows[-1:]
         yield _table((axis, *labels), rows, f"Held-out accuracy at equal {axis.replace('_', ' ')}")
     spent = [[label, *list(row.values())[1:]] for label, row in zip(labels, result["spent"], strict=True)]
-    heads = ("run", "trained steps", "policy tokens", "guide tokens", "discarded tokens")
+    heads = ("run", "trained steps", "main line's tokens", "guides'", "scouts' and discarded")
     yield _table(heads, spent, "Spent by the whole run")
     if result["target"] is None:
         yield Text("the first run has too few evaluations for a target accuracy")

@@ -27,7 +27,7 @@ class Summary(BaseModel):
     """Address of the report."""
 
 
-@flow(name="grpo")
+@flow(name="grpo", flow_run_name="grpo {config.run.name}")
 def grpo(config: Config) -> Summary:
     """On-policy training, without a future."""
     run = begin_run(config)
@@ -36,7 +36,7 @@ def grpo(config: Config) -> Summary:
     return finish(run)
 
 
-@flow(name="npo")
+@flow(name="npo", flow_run_name="npo {config.run.name}")
 def npo(config: Config) -> Summary:
     """For each intervention: train to its start, scout ahead, let the guide answer, roll back and replay."""
     run = begin_run(config)

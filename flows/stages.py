@@ -20,7 +20,7 @@ from tasks.reports import publish_report
 from tasks.workspaces import workspace
 
 
-@flow(name="warm-start")
+@flow(name="warm-start", flow_run_name="warm start of {run}")
 def warm_start(run: str) -> CheckpointRef:
     """Commits the starting policy, and evaluates it."""
     checkpoint = commit_warm_start(run)
@@ -28,20 +28,20 @@ def warm_start(run: str) -> CheckpointRef:
     return checkpoint
 
 
-@flow(name="scout")
+@flow(name="scout", flow_run_name="scout {start}+{lookahead} of {run}")
 def scout(run: str, start: int, lookahead: int) -> CheckpointRef:
     """The future leg: trains `lookahead` steps ahead of the main line's checkpoint at `start`."""
     leg = open_leg(run, "scout", main_line_checkpoint(run, start))
     return train(run, leg, start + lookahead)
 
 
-@flow(name="guide")
+@flow(name="guide", flow_run_name="guide {start}-{stop} of {run}")
 def guide(run: str, checkpoint: CheckpointRef, start: int, stop: int) -> GuideManifest:
     """One verified-correct trajectory of the policy at `checkpoint` for each prompt of steps [start, stop)."""
     return make_guide(run, checkpoint, start, stop)
 
 
-@flow(name="replay")
+@flow(name="replay", flow_run_name="replay with {guide_id} of {run}")
 def replay(run: str, guide_id: str) -> CheckpointRef:
     """Rolls back to the start of the guide's window and runs it again, with the guide's trajectories mixed in."""
     decision = record_schedule(run, guide_id)
@@ -49,7 +49,7 @@ def replay(run: str, guide_id: str) -> CheckpointRef:
     return train(run, leg, decision.stop)
 
 
-@flow(name="main")
+@flow(name="main", flow_run_name="main to {stop} of {run}")
 def main(run: str, stop: int) -> CheckpointRef:
     """Goes on with the main line, on-policy, until step `stop`; nothing is done if it has come that far."""
     step, tip = main_line_step(run)
@@ -60,13 +60,13 @@ def main(run: str, stop: int) -> CheckpointRef:
     return train(run, leg, stop)
 
 
-@flow(name="evaluate")
+@flow(name="evaluate", flow_run_name="evaluate {run}")
 def evaluate(run: str, step: int | None = None) -> EvalManifest:
     """Evaluates the main line's policy at `step`, by default its tip."""
     return evaluate_policy(run, main_line_checkpoint(run, main_line_step(run)[0] if step is None else step))
 
 
-@flow(name="report")
+@flow(name="report", flow_run_name="report of {run}")
 def report(run: str) -> str:
     """Writes the run's report and returns its address."""
     return publish_report(run)

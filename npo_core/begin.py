@@ -136,7 +136,11 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     # Before prompts and model are written: those of a refused configuration would stand in the run's place.
     _require_same_recipe(run, record, config)
     run.put_prompts(prompts)
-    run.put_model(model_dir, tokenizer_dir, environment=environment(config))
+    # These two and no more: a directory may hold notes on how its own weights were made.
+    for name in ("config.json", "generation_config.json"):
+        if (model_dir / name).exists():
+            shutil.copyfile(model_dir / name, tokenizer_dir / name)
+    run.put_model(tokenizer_dir, environment=environment(config))
     return record
 
 

@@ -40,12 +40,12 @@ def compare(runs: Sequence[RunArtifacts]) -> dict[str, Any]:
     """Held-out accuracy of several runs at equal cost, and what each needed to reach the first run's target.
 
     Returns:
-        `rows` [{axis, at, run, accuracy}]: for each axis of `AXES`, at every cost where the first run was evaluated or
-        another one ended; `accuracy` is None beyond a run's end. `target`, None if the first run has fewer than three
-        evaluations. `steps_to_accuracy` [{run, main_steps, trained_steps, total_tokens, speedup{axis: ratio}}]: the
-        cost at the first evaluation at which the mean of it and the two before it reaches the target; the ratio is the
-        first run's cost over the run's. `spent` [{run, trained_steps, policy, guide, discarded}]: the whole run's
-        steps, and its generated tokens by what became of them.
+        `rows` [{axis, at, run, accuracy}]: for each axis of `AXES`, at every cost where one of the runs was evaluated;
+        `accuracy` is None beyond a run's end. `target`, None if the first run has fewer than three evaluations.
+        `steps_to_accuracy` [{run, main_steps, trained_steps, total_tokens, speedup{axis: ratio}}]: the cost at the
+        first evaluation at which the mean of it and the two before it reaches the target; the ratio is the first run's
+        cost over the run's. `spent` [{run, trained_steps, policy, guide, discarded}]: the whole run's steps, and its
+        generated tokens by what became of them.
 
     Raises:
         NearFutureError: a run has no evaluation of its main line, two have the same name, or prompts or verifier
@@ -139,8 +139,7 @@ def steps_to_accuracy(name: str, points: pl.DataFrame, target: float) -> Reached
 
 
 def _grid(curves: Sequence[pl.DataFrame], column: str) -> list[int]:
-    ends = {int(points[column][-1]) for points in curves}
-    return sorted(set(curves[0][column].to_list()) | ends)
+    return sorted({int(cost) for points in curves for cost in points[column]})
 
 
 def _speedup(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float | None]:

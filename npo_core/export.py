@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
 from npo_core.artifacts import RunArtifacts
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from schemas.records import CheckpointRef
+
+ORIGIN = "near_future.json"
+"""Says which run, leg and step an exported model directory comes from."""
 
 
 def export_checkpoint(run: RunArtifacts, ref: CheckpointRef, target: Path) -> tuple[Path, str]:
@@ -28,6 +32,8 @@ def export_checkpoint(run: RunArtifacts, ref: CheckpointRef, target: Path) -> tu
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             weights = run.checkout(ref, Path(scratch), weights_only=True).weights
+            origin = {"run": run.uri, "leg_id": ref.leg_id, "step": ref.step, "digest": manifest.weights_digest}
+            (weights / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
             weights.rename(target)  # takes the place of an empty directory, and of nothing else
     except OSError as error:
         raise NearFutureError(

@@ -227,8 +227,9 @@ def show(run: RunArtifacts) -> dict[str, Any]:
     """The tree of legs, the head, the interventions and the token counts.
 
     Returns:
-        `legs` [{leg_id, kind, parent, start, stop, status, guide_id}], `head` {leg_id, epoch, step} or
-        None, `interventions` (decision records that intervene), `tokens` {policy, guide, discarded}.
+        `legs` [{leg_id, kind, parent, start, stop, status, guide_id}], `head` {leg_id, epoch, step} or None, `guides`
+        [{guide_id, leg_id, step, start, stop, solved, prompts}], `interventions` (decision records that intervene),
+        `tokens` {policy, guide, discarded}.
     """
     legs, head, done = run.legs(), run.head(), segments(run)
     line = lineage.main_line(legs, head)
@@ -247,6 +248,18 @@ def show(run: RunArtifacts) -> dict[str, Any]:
             for leg in legs
         ],
         "head": None if head is None else {"leg_id": head.leg_id, "epoch": head.epoch, "step": head_step(run)},
+        "guides": [
+            {
+                "guide_id": guide.guide_id,
+                "leg_id": guide.spec.checkpoint.leg_id,
+                "step": guide.spec.checkpoint.step,
+                "start": guide.spec.start,
+                "stop": guide.spec.stop,
+                "solved": guide.solved,
+                "prompts": len(guide.spec.prompt_ids),
+            }
+            for guide in run.guides()
+        ],
         "interventions": [d.model_dump(mode="json") for d in run.decisions() if d.intervene],
         "tokens": asdict(lineage.count_tokens(line, done, run.guides())),
     }

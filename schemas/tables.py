@@ -15,29 +15,29 @@ TRAJECTORY_ORDER = ("prompt_id", "step", "slot", "source")
 TRAJECTORIES = pa.schema(
     [
         pa.field("run_id", pa.string(), nullable=False),
-        pa.field("leg_id", pa.string(), nullable=False),
-        pa.field("step", pa.int32(), nullable=False),
+        pa.field("leg_id", pa.string(), nullable=False),  # in a guide's file: the guide's id
+        pa.field("step", pa.int32(), nullable=False),  # of its batch; in guides and evaluations: the checkpoint's
         pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("slot", pa.int32(), nullable=False),
+        pa.field("slot", pa.int32(), nullable=False),  # place in the group, from 0
         pa.field("source", pa.string(), nullable=False),  # policy | guide
-        pa.field("task", pa.string(), nullable=False),
-        pa.field("behavior_step", pa.int32(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),  # task family
+        pa.field("behavior_step", pa.int32(), nullable=False),  # optimizer steps behind the policy that sampled it
         pa.field("behavior_digest", pa.string()),  # of its weights; null: no checkpoint holds them
-        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("completion_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),  # tokens, chat template included
+        pa.field("completion_ids", pa.list_(pa.int32()), nullable=False),  # tokens, the end token included
         pa.field("loss_mask", pa.list_(pa.bool_())),  # null: every completion token
-        pa.field("behavior_logprobs", pa.list_(pa.float32()), nullable=False),
-        pa.field("reward", pa.float64(), nullable=False),
-        pa.field("correct", pa.bool_(), nullable=False),
+        pa.field("behavior_logprobs", pa.list_(pa.float32()), nullable=False),  # of the distribution sampled from, nats
+        pa.field("reward", pa.float64(), nullable=False),  # the verifier's; may be fractional
+        pa.field("correct", pa.bool_(), nullable=False),  # the verifier's explicit verdict
         pa.field("verdict", pa.string(), nullable=False),  # the verifier's reason
-        pa.field("verifier", pa.string(), nullable=False),
+        pa.field("verifier", pa.string(), nullable=False),  # name/version
         pa.field("finish_reason", pa.string(), nullable=False),  # stop | length
         pa.field("advantage", pa.float64()),  # null: a row that is in no group (guide artifacts, evaluations)
         pa.field("group_accuracy", pa.float64()),  # before replacement; null likewise
-        pa.field("displaced", pa.bool_(), nullable=False),
+        pa.field("displaced", pa.bool_(), nullable=False),  # a guide row took its slot: no weight in the loss
         pa.field("entropy", pa.float64()),  # mean token entropy in nats under the behavior policy; null: not known
-        pa.field("text", pa.string(), nullable=False),
-        pa.field("image_refs", pa.list_(pa.string()), nullable=False),
+        pa.field("text", pa.string(), nullable=False),  # for people: without the end token
+        pa.field("image_refs", pa.list_(pa.string()), nullable=False),  # keys of images in the prompt
         pa.field("schema_version", pa.int32(), nullable=False),
     ],
     metadata=_META,
@@ -83,7 +83,10 @@ METRIC_COLUMNS = (
     "tokens/policy",
     "tokens/trained",
 )
-"""A step's metrics, TRL's names first. `reward` and `batch/*` are of the on-policy rollouts, before replacement."""
+"""A step's metrics, TRL's names first. `reward`, `entropy` (nats a token), `completions/*` (tokens) and `batch/*`
+(shares of rollouts and groups) are of the on-policy rollouts, before replacement; `npo/*` counts groups; `loss`, `kl`,
+`grad_norm` and `clip_ratio/*` are of the update; `tokens/policy` were sampled, `tokens/trained` went through the
+backward pass."""
 
 METRICS = pa.schema(
     [
@@ -100,13 +103,13 @@ TELEMETRY = pa.schema(
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("leg_id", pa.string(), nullable=False),
         pa.field("step", pa.int32(), nullable=False),
-        pa.field("step_time", pa.float64(), nullable=False),
+        pa.field("step_time", pa.float64(), nullable=False),  # seconds, as are the three below
         pa.field("generate_time", pa.float64(), nullable=False),
         pa.field("verify_time", pa.float64(), nullable=False),
         pa.field("update_time", pa.float64(), nullable=False),
         pa.field("peak_rss_bytes", pa.int64(), nullable=False),
         pa.field("host", pa.string(), nullable=False),
-        pa.field("finished_at", pa.string(), nullable=False),
+        pa.field("finished_at", pa.string(), nullable=False),  # UTC, ISO 8601
     ],
     metadata=_META,
 )

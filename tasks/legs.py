@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("npo")
 
+WATCHED = ("reward", "entropy", "npo/replaced")
+"""Metrics worth watching while a segment trains."""
+
 
 @task(name="open leg", **OPTIONS)
 def open_leg(run: str, kind: LegKind, parent: CheckpointRef, guide_id: str | None = None) -> LegRecord:
@@ -70,7 +73,7 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
     with progress_bar(f"{leg.kind} {start}-{stop}", stop - start) as bar:
 
         def on_step(done: int, metrics: Mapping[str, float]) -> None:
-            bar(done - start, {name: metrics[name] for name in ("reward", "entropy", "npo/replaced")})
+            bar(done - start, {name: metrics[name] for name in WATCHED if name != "npo/replaced" or guide})
 
         tables = run_segment(context, engine.generator, engine.learner, start, stop, on_step)
     with tempfile.TemporaryDirectory(dir=opened.scratch) as directory:

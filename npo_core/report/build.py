@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any
 
@@ -83,8 +82,15 @@ def write_report(run: RunArtifacts, token_text: Callable[[int], str]) -> str:
         scripts=scripts,
         hashes=" ".join(_source_hash(text) for text in scripts.values()),
         style=_resource("style.css"),
-        now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        # Not the present time: a report of the same run is the same file.
+        as_of=_newest(run)[:16].replace("T", " "),
     )
+
+
+def _newest(run: RunArtifacts) -> str:
+    """When the newest of what the report shows was committed."""
+    segments = [segment for done in views.segments(run).values() for segment in done]
+    return max([run.record().created_at, *(made.created_at for made in (*segments, *run.evaluations()))])
 
 
 def embed(data: Any) -> str:

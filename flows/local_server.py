@@ -34,9 +34,8 @@ def prefect_api() -> Iterator[None]:
     Raises:
         NearFutureError: the API does not answer, or refuses what it is asked.
     """
-    # The terminal is ours: Prefect would print a traceback for every error. The server gets the logs, and ours too.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "npo")
+    # The terminal is ours: Prefect would print a traceback for every error.
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     if os.environ.get("PREFECT_API_URL"):
         with _reachable(), insistent_interrupt():
             yield

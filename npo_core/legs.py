@@ -35,7 +35,7 @@ class Legs(RunFiles):
         leg = self.store.read(layout.leg(leg_id), LegRecord)
         if leg is None:
             present = ", ".join(leg.leg_id for leg in self.legs()) or "none"
-            raise NearFutureError(f"run {self.run_id} has no leg {leg_id!r}; its legs: {present}")
+            raise NearFutureError(f"run {self.run_id} has no leg {leg_id!r}; its legs: {present}; choose one")
         return leg
 
     def open_leg(self, leg: LegRecord) -> LegRecord:

@@ -180,7 +180,8 @@ def _usable_tokenizer(model_dir: Path, prompt: Prompt) -> Any:
 def _leg_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """The part of the recipe that a leg depends on: not which legs there are to be."""
     algorithm = {name: value for name, value in recipe["algorithm"].items() if name != "method"}
-    return {name: value for name, value in recipe.items() if name != "future"} | {"algorithm": algorithm}
+    kept = {name: value for name, value in recipe.items() if name not in ("future", "autonpo")}
+    return kept | {"algorithm": algorithm}
 
 
 def _source(config: Config) -> str:
@@ -199,12 +200,23 @@ def _copy_weights(source: Path, target: Path) -> None:
 
 
 def _require_same_recipe(run: RunArtifacts, record: RunRecord, config: Config) -> None:
-    differences = list(_differences(record.recipe, config.recipe()))
+    # A field that is newer than the run had its default's effect when the run began.
+    default = Config(run=config.run).recipe()
+    differences = list(_differences(_filled(record.recipe, default), config.recipe()))
     if differences:
         raise ConfigurationError(
             f"run {run.uri} was begun with another recipe: {'; '.join(differences)}. "
             "Restore these values, or give the new recipe another run.name"
         )
+
+
+def _filled(recipe: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with the defaults of what it does not name."""
+    filled = {**default, **recipe}
+    for key, value in default.items():
+        if isinstance(value, Mapping) and isinstance(filled[key], Mapping):
+            filled[key] = _filled(filled[key], value)
+    return filled
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

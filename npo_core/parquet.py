@@ -25,6 +25,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "metrics": tables.METRICS,
     "telemetry": tables.TELEMETRY,
     "prompts": tables.PROMPTS,
+    "signal": tables.SIGNAL,
 }
 """Schema of a file by its role."""
 

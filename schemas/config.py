@@ -120,8 +120,9 @@ class LearnerSection(Section):
 class AlgorithmSection(Section):
     """GRPO's objective, and NPO's mixing of guide trajectories into hard groups."""
 
-    method: Literal["grpo", "npo"] = "grpo"
-    """`grpo` trains on-policy; `npo` runs the interventions of `future.interventions`."""
+    method: Literal["grpo", "npo", "autonpo"] = "grpo"
+    """`grpo` trains on-policy; `npo` runs the interventions of `future.interventions`; `autonpo` decides by itself when
+    to roll back, and how far."""
     advantage_scale: Literal["group-std", "none"] = "group-std"
     """`group-std` divides the centred rewards by the group's unbiased std (GRPO); `none` does not (Dr.GRPO)."""
     advantage_eps: float = Field(1e-6, ge=0)
@@ -138,6 +139,8 @@ class AlgorithmSection(Section):
     """τ_gate: a group takes a guide trajectory if its group accuracy is at most this (inclusive)."""
     slot: Literal["last", "failed"] = "last"
     """Which slot of a hard group the guide trajectory takes: the last (the paper) or the last failed one."""
+    guide_slots: int = Field(1, ge=1)
+    """Most slots of a hard group that guide trajectories take, each its own one: 1 is the paper."""
     guide_correction: Literal["none", "exact", "truncated", "shaped"] = "none"
     """Importance correction of the guide slot."""
     truncation_cap: float = Field(2.0, gt=0)
@@ -162,13 +165,36 @@ class Intervention(Section):
         return self.start + (self.window if self.window is not None else self.lookahead)
 
 
+class ScoutSection(Section):
+    """What the future leg does otherwise than the main line, to be cheaper. Empty fields keep the main line's value."""
+
+    group_size: int | None = Field(None, ge=2)
+    """Rollouts a prompt and step."""
+    prompts_per_step: int | None = Field(None, ge=1)
+    """Prompts a step: the first of the main line's batch, so that scout and replay see the same ones."""
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    """AdamW's peak learning rate."""
+    patience: int = Field(0, ge=0)
+    """Steps without growth of its coverage (share of groups that it solves at least once, mean of this many steps)
+    after which the scout stops before Δ; 0: it never does."""
+    min_gain: float = Field(0.02, ge=0, le=1)
+    """Smallest rise of the coverage over `patience` steps that counts as growth."""
+
+
 class FutureSection(Section):
     """The near future: when to look ahead, how far, and how the guide answers."""
 
     interventions: tuple[Intervention, ...] = ()
     """The interventions in the order of their start; their windows must not overlap."""
     k: int = Field(8, ge=1)
-    """K: answers that the guide samples for each distinct prompt of the window; at most one is kept."""
+    """K: answers that the guide samples for each distinct prompt of the window; `algorithm.guide_slots` correct ones
+    are kept at most."""
+    source: Literal["checkpoint", "leg", "both"] = "checkpoint"
+    """Where guide trajectories come from: `checkpoint` samples them from the guide policy (the paper); `leg` reuses
+    the verified-correct rollouts of the steps that led to it, for no further token; `both` samples what `leg` leaves
+    open."""
+    scout: ScoutSection = ScoutSection()
+    """Overrides for the future leg."""
 
     @field_validator("interventions")
     @classmethod
@@ -180,6 +206,52 @@ class FutureSection(Section):
                     f"of the one before it; start it at {before.stop} or later"
                 )
         return value
+
+
+Variance = Literal["kl_token", "kl_sequence", "chi2"]
+
+
+class AutoNPOSection(Section):
+    """AutoNPO (paper, section 3.3): when training rolls back by itself, and how far. Numbers of steps are optimizer
+    steps; the defaults are ours."""
+
+    ema_weight: float = Field(0.1, gt=0, le=1)
+    """Weight of the newest step in the moving averages of reward and entropy."""
+    patience: int = Field(20, ge=2)
+    """Steps over which the reward EMA must not have risen by `min_gain`, and the entropy EMA must have fallen."""
+    min_gain: float = Field(0.015, ge=0)
+    """Smallest rise of the mean reward over `patience` steps that counts as progress."""
+    trend_steps: int = Field(80, ge=8)
+    """Steps whose rewards the trend is fitted to. A warning needs as many since the start, or since a rollback's
+    start."""
+    trend_z: float = Field(1.0, ge=0)
+    """The trend's upper bound, in standard errors above its estimate, must be below `min_gain` over `patience` steps
+    too: larger is surer that training has stalled, and later. 0 takes the estimate itself."""
+    first_check: int = Field(30, ge=1)
+    """Trained steps before the first check."""
+    cooldown: int = Field(25, ge=0)
+    """Trained steps after the end of a replay in which nothing is checked."""
+    max_interventions: int = Field(3, ge=0)
+    """Budget of interventions of a run."""
+    mistake_threshold: float = Field(0.125, ge=0, lt=1)
+    """A group whose accuracy is at most this is a mistake (inclusive). Not the gate."""
+    lookback: int = Field(80, ge=1)
+    """Steps that a mistake stays in the pool, and the farthest rollback."""
+    pool_capacity: int = Field(4096, ge=1)
+    """Most mistakes in the pool; the oldest leave first."""
+    min_pool: int = Field(16, ge=1)
+    """Distinct prompts that the mistakes of the last Δ steps must hold for Δ to be a candidate."""
+    probe_prompts: int = Field(32, ge=1)
+    """Most prompts of the pool that the probe asks."""
+    probe_samples: int = Field(8, ge=1)
+    """Answers that the probe samples a prompt."""
+    min_quality: float = Field(0.25, ge=0, le=1)
+    """Smallest Q̂ of the best distance at which training rolls back."""
+    variance: Variance = "kl_token"
+    """Which estimate of V divides Q̂: `kl_token` exp(κ · mean KL a token) (the paper), `kl_sequence` exp(κ · mean KL a
+    sequence), `chi2` 1 + χ² of whole sequences, the inverse of the relative effective sample size."""
+    kappa: float = Field(1.0, gt=0)
+    """κ, scale of the KL in V̂. With long answers and `kl_sequence`, take about 10 / tokens an answer."""
 
 
 class EvaluationSection(Section):
@@ -223,6 +295,8 @@ class Config(Section):
     """By which objective."""
     future: FutureSection = FutureSection()
     """With which guides."""
+    autonpo: AutoNPOSection = AutoNPOSection()
+    """Rolling back by itself."""
     evaluation: EvaluationSection = EvaluationSection()
     """And how it is judged."""
 
@@ -241,10 +315,32 @@ class Config(Section):
             )
         if self.algorithm.method == "npo" and not self.future.interventions:
             raise ValueError("algorithm.method npo needs at least one entry in future.interventions")
-        if self.algorithm.method == "grpo" and self.future.interventions:
+        method = self.algorithm.method
+        if method != "npo" and self.future.interventions:
             raise ValueError(
-                "algorithm.method grpo has no future, but future.interventions is not empty; "
+                f"algorithm.method {method} takes no scheduled interventions, but future.interventions is not empty; "
                 "set algorithm.method to npo or remove the interventions"
+            )
+        if method == "autonpo" and self.autonpo.lookback < segment:
+            raise ValueError(
+                f"autonpo.lookback {self.autonpo.lookback} is shorter than run.segment_steps {segment}: there would "
+                "never be a checkpoint to roll back to; raise autonpo.lookback or lower run.segment_steps"
+            )
+        if self.algorithm.guide_slots >= self.rollout.group_size:
+            raise ValueError(
+                f"algorithm.guide_slots {self.algorithm.guide_slots} leaves no rollout of the policy in a group of "
+                f"rollout.group_size {self.rollout.group_size}; lower algorithm.guide_slots"
+            )
+        if self.algorithm.guide_slots > self.future.k:
+            raise ValueError(
+                f"algorithm.guide_slots {self.algorithm.guide_slots} exceeds future.k {self.future.k}, the answers "
+                "that a guide samples; raise future.k or lower algorithm.guide_slots"
+            )
+        scout_prompts = self.future.scout.prompts_per_step
+        if scout_prompts is not None and scout_prompts > self.rollout.prompts_per_step:
+            raise ValueError(
+                f"future.scout.prompts_per_step {scout_prompts} exceeds rollout.prompts_per_step "
+                f"{self.rollout.prompts_per_step}; a scout sees a part of each batch"
             )
         for intervention in self.future.interventions:
             if intervention.stop > self.run.total_steps:
@@ -253,6 +349,18 @@ class Config(Section):
                     f"{self.run.total_steps}; raise run.total_steps or shorten the window"
                 )
         return self
+
+    def scout(self) -> Config:
+        """The configuration of the future leg: this one under `future.scout`'s overrides."""
+        scout = self.future.scout
+        rollout = {"group_size": scout.group_size, "prompts_per_step": scout.prompts_per_step}
+        learner = {"learning_rate": scout.learning_rate}
+        return self.model_copy(
+            update={
+                "rollout": self.rollout.model_copy(update={k: v for k, v in rollout.items() if v is not None}),
+                "learner": self.learner.model_copy(update={k: v for k, v in learner.items() if v is not None}),
+            }
+        )
 
     def recipe(self) -> dict[str, Any]:
         """What the user asked to be computed, without where, how long, how observed, and on how many threads.

@@ -10,6 +10,7 @@ GUIDES = "guides"
 EVALS = "evals"
 DECISIONS = "decisions"
 REPORTS = "reports"
+SIGNALS = "signals"
 MODEL = "model"
 """The model directory without its weights: configuration, tokenizer, chat template."""
 MANIFEST = "manifest.json"
@@ -48,6 +49,11 @@ def guide(guide_id: str) -> str:
 def evaluation(eval_id: str) -> str:
     """Folder of an evaluation."""
     return f"{EVALS}/{eval_id}"
+
+
+def signal(signal_id: str) -> str:
+    """Folder of a study of Q, V and S."""
+    return f"{SIGNALS}/{signal_id}"
 
 
 def decision(leg_id: str, step: int, guide_id: str | None) -> str:

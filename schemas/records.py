@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -88,7 +89,8 @@ class FileEntry(Record):
     """One data file of an artifact."""
 
     role: str
-    """What it is: `rollouts`, `metrics`, `telemetry`, `weights`, `optimizer`, `state`, `trajectories`, `samples`."""
+    """What it is: `rollouts`, `metrics`, `telemetry`, `weights`, `optimizer`, `state`, `trajectories`, `samples`,
+    `monitor`, `signal`."""
     name: str
     """Its name where a reader expects one, say `model.safetensors`."""
     key: str
@@ -180,6 +182,11 @@ class GuideSpec(Record):
     seed: int
     tokenizer_digest: str
     verifier: str
+    source: Literal["checkpoint", "leg", "both"] = "checkpoint"
+    """`checkpoint`: sampled from the guide policy; `leg`: rollouts of the steps that led to it; `both`: these, and what
+    they leave open is sampled."""
+    answers: int = Field(1, ge=1)
+    """Most trajectories kept a prompt."""
 
 
 class GuideManifest(Manifest):
@@ -189,7 +196,7 @@ class GuideManifest(Manifest):
     guide_id: str
     spec: GuideSpec
     solved: int = Field(ge=0)
-    """Prompts for which a trajectory is stored."""
+    """Prompts for which at least one trajectory is stored."""
     tokens_guide: int = Field(ge=0)
     """Completion tokens that the guide sampled, wrong answers included."""
 
@@ -224,6 +231,96 @@ class EvalManifest(Manifest):
     """Completion tokens sampled; not counted as training compute."""
 
 
+class Mistake(NamedTuple):
+    """A prompt that the policy failed."""
+
+    prompt_id: str
+    step: int
+    """When, in steps of the main line."""
+    accuracy: float
+    """Its group accuracy p̂ then, before any replacement."""
+
+
+class Observation(NamedTuple):
+    """What AutoNPO saw of one step. A metric that was not finite is None, and leaves its average as it was."""
+
+    step: int
+    reward: float | None
+    """Mean reward of the on-policy rollouts, before any replacement."""
+    entropy: float | None
+    """Exact token entropy of the sampling distribution, mean over the tokens of the on-policy rollouts, in nats."""
+    reward_ema: float | None
+    """None until a first finite value."""
+    entropy_ema: float | None
+
+
+class MonitorState(Record):
+    """AutoNPO's state that is rewound on a rollback: part of every checkpoint."""
+
+    observations: tuple[Observation, ...] = ()
+    """The last steps, by step: as many as the trigger looks back."""
+    pool: tuple[Mistake, ...] = ()
+    """The mistake pool B, by step and prompt."""
+
+
+class Estimate(Record):
+    """An estimate with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Candidate(Record):
+    """What the probe says of one distance Δ. The probe's prompts are drawn from bands of the pool, one a candidate;
+    estimates over B_Δ weight the bands by their sizes, and their intervals resample prompts within bands."""
+
+    lookahead: int = Field(ge=1)
+    """Δ, in steps."""
+    parent: CheckpointRef
+    """The saved checkpoint π(t−Δ)."""
+    pool: int = Field(ge=0)
+    """Distinct prompts in B_Δ, the mistakes of the last Δ steps."""
+    prompts: int = Field(ge=0)
+    """Of these, how many the probe asked."""
+    samples: int = Field(ge=0)
+    """Answers to them."""
+    quality: Estimate | None = None
+    """Q̂: share of B_Δ that π(t) answers correctly at least once in the probe's samples; None: none was asked."""
+    pass_rate: Estimate | None = None
+    """Share of correct answers, over the same."""
+    kl_per_token: Estimate | None = None
+    """KL(π(t) ‖ π(t−Δ)), sampled from π(t): mean over the tokens of all the probe's answers, nats."""
+    relative_ess: Estimate | None = None
+    """Relative effective sample size of the weights π(t−Δ)/π(t) of the probe's answers, as whole sequences."""
+    variance: dict[str, Estimate] = {}
+    """V̂ ≥ 1 by estimator (`autonpo.variance`)."""
+    signal: dict[str, Estimate] = {}
+    """Ŝ = Q̂/V̂ by estimator."""
+    baseline: Estimate | None = None
+    """Q̂ of π(t−Δ) itself on the same prompts, sampled afresh: prompts selected for failure regress to the mean, and
+    only what exceeds this did the future add. Measured for the distance that was chosen."""
+
+
+class DecisionCode(StrEnum):
+    """Why AutoNPO intervened, or did not."""
+
+    REPLAYING = "replaying"
+    TOO_EARLY = "too-early"
+    COOLDOWN = "cooldown"
+    BUDGET_SPENT = "budget-spent"
+    TOO_SHORT = "too-short"
+    NOT_FINITE = "not-finite"
+    REWARD_RISES = "reward-rises"
+    TREND_RISES = "trend-rises"
+    ENTROPY_HOLDS = "entropy-holds"
+    WARNING = "warning"
+    POOL_TOO_SMALL = "pool-too-small"
+    NO_CHECKPOINT = "no-checkpoint"
+    LOW_QUALITY = "low-quality"
+    INTERVENE = "intervene"
+
+
 class DecisionRecord(Record):
     """`decisions/…json`: why training does, or does not, roll back. Committed before anything acts."""
 
@@ -246,4 +343,44 @@ class DecisionRecord(Record):
     """Checkpoint of the main line that training rolls back to."""
     guide_id: str | None = None
     """Guide to be mixed in, where it is known when the decision falls: one leg and step may have several."""
+    code: DecisionCode | None = None
+    """`autonpo` only, as is all that follows: the reason as a word."""
+    clock: int | None = Field(None, ge=0)
+    """Trained steps of the run when the decision fell, abandoned ones included: it never goes back."""
+    numbers: dict[str, float] = {}
+    """What the trigger read, by name."""
+    guide: CheckpointRef | None = None
+    """The guide policy: today's, π(t)."""
+    mistakes: tuple[Mistake, ...] = ()
+    """B_Δ: the prompts to be replayed with the guide's answers, frozen here."""
+    candidates: tuple[Candidate, ...] = ()
+    """All distances, nearest first."""
+    variance: str | None = None
+    """The estimator of V that chose."""
+    tokens_probe: int = Field(0, ge=0)
+    """Completion tokens that the probe sampled."""
     created_at: str
+
+
+class SignalSpec(Record):
+    """The inputs of a study of Q, V and S on a run. Its digest is the `signal_id`."""
+
+    points: tuple[tuple[CheckpointRef, CheckpointRef], ...]
+    """(π(t), π(t+Δ)) of every point."""
+    prompts: int = Field(ge=1)
+    """Training prompts drawn at each step t."""
+    samples: int = Field(ge=1)
+    """Answers a prompt and policy."""
+    mistake_threshold: float
+    kappa: float
+    seed: int
+
+
+class SignalManifest(Manifest):
+    """Q(Δ), V(Δ) and S(Δ) over a grid of steps and distances (role `signal`)."""
+
+    kind: Literal["signal"] = "signal"
+    signal_id: str
+    spec: SignalSpec
+    tokens: int = Field(ge=0)
+    """Completion tokens sampled; not counted as training compute."""

@@ -113,3 +113,23 @@ TELEMETRY = pa.schema(
     ],
     metadata=_META,
 )
+
+_ESTIMATES = ("quality", "baseline", "pass_rate", "kl_per_token", "relative_ess", "kl_token", "kl_sequence", "chi2")
+
+SIGNAL = pa.schema(
+    [
+        pa.field("step", pa.int32(), nullable=False),  # t
+        pa.field("lookahead", pa.int32(), nullable=False),  # Δ
+        pa.field("prompts", pa.int32(), nullable=False),  # asked at t
+        pa.field("failed", pa.int32(), nullable=False),  # of these, on which π(t) fails: what all estimates are over
+        pa.field("samples", pa.int32(), nullable=False),  # answers of π(t+Δ) to them
+        # See `schemas.records.Candidate`; the last three are V̂, and Ŝ = Q̂/V̂ stands beside each.
+        *(
+            pa.field(f"{name}{bound}", pa.float64())
+            for name in (*_ESTIMATES, "signal_kl_token", "signal_kl_sequence", "signal_chi2")
+            for bound in ("", "_low", "_high")
+        ),
+    ],
+    metadata=_META,
+)
+"""One row a point of a study of Q, V and S, with 95 % bootstrap intervals; null where π(t) failed no prompt."""

@@ -154,7 +154,7 @@ def test_every_section_refuses_an_unknown_key_and_suggests_its_own(load: Any) ->
         ("learner.betas=[0.9, 1.0]", r"learner\.betas\.1 = 1\.0: .*less than 1"),
         ("learner.device=gpu", r"learner\.device = 'gpu': .*cpu"),
         ("learner.gradient_checkpointing=perhaps", r"learner\.gradient_checkpointing = 'perhaps': .*boolean"),
-        ("algorithm.method=ppo", r"algorithm\.method = 'ppo': .*'grpo' or 'npo'"),
+        ("algorithm.method=ppo", r"algorithm\.method = 'ppo': .*'grpo', 'npo' or 'autonpo'"),
         ("algorithm.gate=1.2", r"algorithm\.gate = 1\.2: .*less than or equal to 1"),
         ("data.max_length=13", r"data\.max_length = 13: .*less than or equal to 12"),
         (

@@ -202,6 +202,10 @@ class RunArtifacts(Checkpoints, Legs):
         fault_point("evaluation-data")
         return self.store.commit(folder, manifest)
 
+    def decision(self, leg_id: str, step: int) -> DecisionRecord | None:
+        """AutoNPO's decision about a leg at a step."""
+        return self.store.read(layout.decision(leg_id, step, None), DecisionRecord)
+
     def decisions(self) -> list[DecisionRecord]:
         """All decisions, by creation."""
         found = (self.store.read(f"{layout.DECISIONS}/{name}", DecisionRecord) for name in self._decision_files())

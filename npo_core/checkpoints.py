@@ -7,20 +7,22 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from npo_core.faults import fault_point
 from npo_core.interfaces import LocalCheckpoint, NearFutureError
+from npo_core.monitor import MONITOR_FILE
 from npo_core.run_files import Environment, RunFiles, origin
 from npo_core.store import StoreError
 from schemas import layout
 from schemas.digest import digest_json
-from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest
+from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest, MonitorState
 
 logger = logging.getLogger("npo")
 
 ALLOWED_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model")
-_FOLDERS = {"weights": "weights", "model": "weights", "optimizer": "optimizer", "state": "."}
+_FOLDERS = {"weights": "weights", "model": "weights", "optimizer": "optimizer", "state": ".", "monitor": "."}
 """Where a file lies in a checkpoint's directory, by its role (see `LocalCheckpoint`)."""
 
 
@@ -133,6 +135,21 @@ class Checkpoints(RunFiles):
         self.checkout_model(directory / _FOLDERS["model"])
         return LocalCheckpoint(directory, manifest.digest, manifest.step)
 
+    def monitor_state(self, ref: CheckpointRef) -> MonitorState:
+        """AutoNPO's state at a checkpoint; empty where none was saved, as in a starting policy's.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        manifest = self.require_checkpoint(ref.leg_id, ref.step)
+        for entry in manifest.files:
+            if entry.role == "monitor":
+                try:
+                    return MonitorState.model_validate_json(self.store.read_data(entry))
+                except ValidationError as error:
+                    raise StoreError(f"{self.uri}/{entry.key} holds no monitor state; restore it from a copy") from error
+        return MonitorState()
+
     def _fetch(self, entry: FileEntry, target: Path) -> None:
         require_safe_name(entry.name)
         self.store.fetch(entry, target)
@@ -170,6 +187,8 @@ def _checkpoint_files(directory: Path) -> list[tuple[str, Path]]:
             found.append(("optimizer", path))
         elif folder == "." and path.name == "state.json":
             found.append(("state", path))
+        elif folder == "." and path.name == MONITOR_FILE:
+            found.append(("monitor", path))
     if not any(role == "weights" for role, _ in found):
         raise NearFutureError(f"{directory} holds no weights/*.safetensors; save the policy as safetensors")
     return found

@@ -26,8 +26,10 @@ from npo_core.interfaces import (
     Verifier,
 )
 from npo_core.memory import peak_rss_bytes
+from npo_core.monitor import observe
 from schemas import tables
 from schemas.config import Config
+from schemas.records import MonitorState
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class LegContext:
     """By prompt; empty where nothing is mixed in."""
     weights_digest: str
     """Weights that the segment starts from, as recorded in its rows."""
+    monitor: MonitorState = MonitorState()
+    """AutoNPO's state where the segment starts."""
 
     @property
     def sampling(self) -> SamplingParams:
@@ -63,6 +67,8 @@ class SegmentTables:
     rollouts: pa.Table
     metrics: pa.Table
     telemetry: pa.Table
+    monitor: MonitorState
+    """AutoNPO's state after the segment."""
 
 
 def run_segment(
@@ -84,6 +90,7 @@ def run_segment(
     rows: list[dict[str, Any]] = []
     metrics: list[dict[str, Any]] = []
     telemetry: list[dict[str, Any]] = []
+    monitor = context.monitor
     for step in range(start, stop):
         began = time.perf_counter()
         groups = sample_groups(context, generator, step)
@@ -113,11 +120,20 @@ def run_segment(
                 "finished_at": datetime.now(UTC).isoformat(),
             }
         )
+        monitor = observe(
+            monitor,
+            step,
+            metrics[-1]["reward"],
+            metrics[-1]["entropy"],
+            [(m.group.prompt.prompt_id, m.accuracy) for m in mixed],
+            context.config.autonpo,
+        )
         on_step(step + 1, metrics[-1])
     return SegmentTables(
         pa.Table.from_pylist(rows, tables.TRAJECTORIES),
         _with_leg(context, metrics, tables.METRICS),
         _with_leg(context, telemetry, tables.TELEMETRY),
+        monitor,
     )
 
 

@@ -27,7 +27,7 @@ from npo_core.prompts import PromptTable, encode, load_verifier
 from npo_core.segment import LegContext
 from schemas import layout
 from schemas.config import Config
-from schemas.records import CheckpointRef, GuideManifest, LegRecord, RunRecord
+from schemas.records import CheckpointRef, GuideManifest, LegRecord, MonitorState, RunRecord
 
 logger = logging.getLogger("npo")
 
@@ -150,9 +150,13 @@ class Workspace:
         self._holds = (ref.digest, True)
 
     def context(
-        self, leg_id: str, weights_digest: str, guide: Mapping[str, GuideTrajectory] | None = None
+        self,
+        leg_id: str,
+        weights_digest: str,
+        guide: Mapping[str, GuideTrajectory] | None = None,
+        monitor: MonitorState | None = None,
     ) -> LegContext:
-        """What the steps of a leg need to know; `guide` is what is mixed into them."""
+        """What the steps of a leg need to know; `guide` is what is mixed into them, `monitor` AutoNPO's state there."""
         return LegContext(
             run_id=self.run.run_id,
             leg_id=leg_id,
@@ -164,6 +168,7 @@ class Workspace:
             stop_ids=self.stop_ids,
             guide=guide or {},
             weights_digest=weights_digest,
+            monitor=monitor or MonitorState(),
         )
 
     def guide(self, guide_id: str) -> dict[str, GuideTrajectory]:

@@ -56,6 +56,7 @@ def train_segment(run: str, leg: LegRecord, start: int, stop: int) -> SegmentMan
 
 
 def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) -> SegmentManifest:
+    from npo_core.monitor import MONITOR_FILE
     from npo_core.progress import progress_bar
     from npo_core.segment import run_segment
     from npo_core.workspace import environment, warn_of_changes
@@ -68,7 +69,7 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
     fingerprint = environment(opened.config)
     warn_of_changes(before.environment, fingerprint)
     guide = opened.guide(leg.guide_id) if leg.guide_id else {}
-    context = opened.context(leg.leg_id, before.weights_digest, guide)
+    context = opened.context(leg.leg_id, before.weights_digest, guide, opened.run.monitor_state(parent))
     opened.trained()
     with progress_bar(f"{leg.kind} {start}-{stop}", stop - start) as bar:
 
@@ -78,6 +79,7 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
         tables = run_segment(context, engine.generator, engine.learner, start, stop, on_step)
     with tempfile.TemporaryDirectory(dir=opened.scratch) as directory:
         engine.learner.save(Path(directory))
+        (Path(directory) / MONITOR_FILE).write_text(tables.monitor.model_dump_json())
         checkpoint, same = opened.run.commit_checkpoint(leg.leg_id, stop, Path(directory), fingerprint)
     segment = opened.run.commit_segment(
         leg, start, stop, tables.rollouts, tables.metrics, tables.telemetry, checkpoint, epoch, fingerprint

@@ -1,6 +1,6 @@
 """Prefect flows: one a stage (`flows.stages`), the composed pipelines (`flows.pipeline`), and the command `npo`.
 
-from flows import grpo, npo
+from flows import autonpo, grpo, npo
 from npo_core.config_file import load_config
 
 summary = npo(load_config("deploy/configs/testbed-npo.yaml", []))
@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flows.pipeline import grpo, npo
+    from flows.pipeline import autonpo, grpo, npo
 
-__all__ = ["grpo", "npo"]
+__all__ = ["autonpo", "grpo", "npo"]
 
 
 def __getattr__(name: str) -> Any:

@@ -48,9 +48,9 @@ def run(
 
     loaded = load_config(config, overrides or [])
     with prefect_api():
-        from flows.pipeline import grpo, npo
+        from flows.pipeline import autonpo, grpo, npo
 
-        summary = {"grpo": grpo, "npo": npo}[loaded.algorithm.method](loaded)
+        summary = {"grpo": grpo, "npo": npo, "autonpo": autonpo}[loaded.algorithm.method](loaded)
     before, after = summary.before, summary.after
     tasks = {
         task: {"before": before.tasks[task].accuracy, "after": score.accuracy} for task, score in after.tasks.items()

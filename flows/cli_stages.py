@@ -10,7 +10,7 @@ import typer
 from flows.cli_output import Json, emit
 from flows.local_server import prefect_api
 from npo_core.interfaces import ConfigurationError
-from schemas.records import CheckpointRef, EvalManifest, GuideManifest
+from schemas.records import CheckpointRef, DecisionRecord, EvalManifest, GuideManifest
 
 app = typer.Typer(
     help="Runs one stage of an existing run; committed work is found, not done again.", no_args_is_help=True
@@ -34,16 +34,22 @@ def stage(name: str, run: str, json: bool, **options: Any) -> None:
             "guide": stages.guide,
             "replay": stages.replay,
             "main": stages.main,
+            "monitor": stages.monitor,
+            "intervene": stages.intervene,
             "evaluate": stages.evaluate,
             "report": stages.report,
         }[name]
         made = flow(uri, **options)
-    artifact = made if isinstance(made, str) else made.model_dump(mode="json")
-    emit(json, {"stage": name, "artifacts": [artifact]}, f"{name}: {_in_words(made)}")
+    artifacts = [] if made is None else [made if isinstance(made, str) else made.model_dump(mode="json")]
+    emit(json, {"stage": name, "artifacts": artifacts}, f"{name}: {_in_words(made)}")
 
 
-def _in_words(made: str | CheckpointRef | GuideManifest | EvalManifest) -> str:
+def _in_words(made: str | CheckpointRef | GuideManifest | EvalManifest | DecisionRecord | None) -> str:
     match made:
+        case None:
+            return "no decision to roll back waits"
+        case DecisionRecord():
+            return f"{made.code} at step {made.step}: {made.reason}"
         case CheckpointRef():
             return f"leg {made.leg_id} at step {made.step}"
         case GuideManifest():
@@ -148,6 +154,28 @@ def main(
       npo stage main runs/demo --stop 200
     """
     stage("main", run, json, stop=stop)
+
+
+@app.command()
+def monitor(run: Run, json: Json = False) -> None:
+    """Lets AutoNPO decide whether the main line rolls back from where it stands; it is written down, not acted on.
+
+    Example:
+
+      npo stage monitor runs/demo
+    """
+    stage("monitor", run, json)
+
+
+@app.command()
+def intervene(run: Run, json: Json = False) -> None:
+    """Carries out the decision to roll back that the main line waits for, if there is one.
+
+    Example:
+
+      npo stage intervene runs/demo
+    """
+    stage("intervene", run, json)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands that read runs: ls, show, inspect, metrics, compare, verify, report, export. None of them trains."""
+"""The commands that read runs: ls, show, inspect, metrics, compare, explain, verify, report, export. None trains."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METRICS_SHOWN = ("step", "kind", "reward", "batch/accuracy", "entropy", "npo/rep
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to `app`."""
-    for command in (ls, show, inspect, metrics, compare, verify, report, export):
+    for command in (ls, show, inspect, metrics, compare, explain, verify, report, export):
         app.command()(command)
 
 
@@ -140,6 +140,37 @@ def compare(
 
     result = compare([_open(run) for run in runs])
     emit(json, result, Group(*_comparison(result, AXES)))
+
+
+def explain(
+    run: Run,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="Explain with another value, say -s autonpo.patience=40. Repeatable."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Explains every decision of AutoNPO: what it read after each segment, and why it rolled back or did not.
+
+    With other settings: up to the first decision that would have been another one. On a run of another method: what
+    AutoNPO would have made of it.
+
+    Examples:
+
+      npo explain runs/testbed-autonpo
+
+      npo explain runs/testbed-autonpo -s autonpo.patience=40 --json
+    """
+    from npo_core.config_file import overridden
+    from npo_core.explain import explain, periods
+
+    opened = _workspace(_open(run))
+    then = opened.config
+    now = overridden(then, overrides or [], "autonpo")
+    rows = explain(opened.run, then.autonpo, now.autonpo)
+    cells = ([p.steps, p.clock, p.code, p.reason] for p in periods(rows))
+    table = _table(("step", "trained steps", "decision", "why"), cells, f"AutoNPO on {opened.run.uri}")
+    emit(json, {"decisions": rows}, table if rows else Text("no committed segment yet"))
 
 
 def verify(run: Run, json: Json = False) -> None:

@@ -1,4 +1,4 @@
-"""The composed flows: plain GRPO, and NPO with its two manual interventions (paper, section 3.2)."""
+"""The composed flows: plain GRPO, NPO with its two manual interventions (paper, section 3.2), and AutoNPO (3.3)."""
 
 from __future__ import annotations
 
@@ -48,6 +48,18 @@ def npo(config: Config) -> Summary:
         guide = stages.guide(run, future, intervention.start, intervention.stop)
         stages.replay(run, guide.guide_id)
     stages.main(run, config.run.total_steps)
+    return finish(run)
+
+
+@flow(name="autonpo", flow_run_name="autonpo {config.run.name}")
+def autonpo(config: Config) -> Summary:
+    """Trains on-policy until the monitor decides to roll back, replays with today's policy as guide, and goes on
+    (paper, section 3.3)."""
+    run = begin_run(config)
+    stages.warm_start(run)
+    stages.intervene(run)  # what a killed process had begun
+    while stages.main(run, config.run.total_steps).step < config.run.total_steps:
+        stages.intervene(run)
     return finish(run)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from npo_core.progress import progress_bar
-from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord
+from schemas.records import MAIN_LINE_KINDS, CheckpointRef, DecisionRecord, EvalManifest, GuideManifest, LegRecord
 from tasks.decisions import record_schedule
 from tasks.legs import (
     leg_checkpoint,
@@ -15,6 +15,7 @@ from tasks.legs import (
     require_finished,
     train_segment,
 )
+from tasks.monitor import announce, monitor_leg, pending_rollback
 from tasks.policies import commit_warm_start, evaluate_policy, make_guide
 from tasks.reports import publish_report
 from tasks.workspaces import workspace
@@ -51,13 +52,35 @@ def replay(run: str, guide_id: str) -> CheckpointRef:
 
 @flow(name="main", flow_run_name="main to {stop} of {run}")
 def main(run: str, stop: int) -> CheckpointRef:
-    """Goes on with the main line, on-policy, until step `stop`; nothing is done if it has come that far."""
+    """Goes on with the main line, on-policy, until step `stop`; nothing is done if it has come that far.
+
+    Under AutoNPO it comes less far where the monitor decides to roll back: then `intervene` is next.
+    """
     step, tip = main_line_step(run)
     require_finished(run, tip, step)
     if step >= stop:
         return main_line_checkpoint(run, step)
     leg = tip if tip.kind == "main" else open_leg(run, "main", main_line_checkpoint(run, step))
-    return train(run, leg, stop)
+    return train(run, leg, stop, monitored=workspace(run).config.algorithm.method == "autonpo")
+
+
+@flow(name="monitor", flow_run_name="monitor {run}")
+def monitor(run: str) -> DecisionRecord:
+    """Decides whether the main line rolls back from where it stands, and says why."""
+    step, tip = main_line_step(run)
+    return watch(run, tip, step)
+
+
+@flow(name="intervene", flow_run_name="intervene {run}")
+def intervene(run: str) -> CheckpointRef | None:
+    """Carries out the decision to roll back that the main line waits for: today's policy answers the mistakes, training
+    rolls back, and replays to where it was. None if there is no such decision."""
+    rollback = pending_rollback(run)
+    if rollback is None:
+        return None
+    guide = make_guide(run, rollback.guide, rollback.parent.step, rollback.stop, rollback.prompts)
+    leg = open_leg(run, "replay", rollback.parent, guide.guide_id)
+    return train(run, leg, rollback.stop)
 
 
 @flow(name="evaluate", flow_run_name="evaluate {run}")
@@ -72,17 +95,33 @@ def report(run: str) -> str:
     return publish_report(run)
 
 
-def train(run: str, leg: LegRecord, stop: int) -> CheckpointRef:
-    """Trains a leg to `stop`, segment by segment; legs of the main line are evaluated on the way."""
+def train(run: str, leg: LegRecord, stop: int, monitored: bool = False) -> CheckpointRef:
+    """Trains a leg to `stop`, segment by segment; legs of the main line are evaluated on the way.
+
+    Args:
+        monitored: AutoNPO looks at the policy between segments, and may end the leg here.
+    """
     config = workspace(run).config
     size, every = config.run.segment_steps, config.evaluation.every
     step, accuracy = leg.start, {}
+    # What was trained beyond a step has been decided there.
+    undecided = main_line_step(run)[0] if monitored else stop
     with progress_bar(f"{leg.kind} {leg.start}-{stop}", stop - leg.start) as bar:
         while step < stop:
+            if step >= undecided and watch(run, leg, step).intervene:
+                break
             # Boundaries lie at multiples of the segment's size, wherever the leg starts.
             segment = train_segment(run, leg, step, min(stop, (step // size + 1) * size))
             step = segment.stop
             if leg.kind in MAIN_LINE_KINDS and every and step % every == 0:
                 accuracy = {"accuracy": evaluate_policy(run, segment.checkpoint).accuracy}
             bar(step - leg.start, accuracy)
-    return leg_checkpoint(run, leg, stop)
+    return leg_checkpoint(run, leg, step)
+
+
+def watch(run: str, leg: LegRecord, step: int) -> DecisionRecord:
+    """AutoNPO's decision about a leg at a step; Prefect hears of every warning."""
+    decision = monitor_leg(run, leg, step)
+    if decision.code is not None and decision.code.warned:
+        announce(run, decision)
+    return decision

@@ -45,12 +45,8 @@ def open_run(uri: str) -> RunArtifacts:
     return RunArtifacts(open_store(root), run_id)
 
 
-def main_line_checkpoint(run: RunArtifacts, step: int | None = None) -> CheckpointRef:
-    """The main line's checkpoint at a step, or its last one.
-
-    Raises:
-        NearFutureError: there is none; names the steps that there are.
-    """
+def main_line_checkpoints(run: RunArtifacts) -> dict[int, CheckpointRef]:
+    """The main line's checkpoints by step."""
     found: dict[int, CheckpointRef] = {}
     for stretch in lineage.main_line(run.legs(), run.head()):
         # A checkpoint of a kill between it and its segment is not the main line's yet; the warm leg has no segments.
@@ -60,6 +56,16 @@ def main_line_checkpoint(run: RunArtifacts, step: int | None = None) -> Checkpoi
         for checkpoint in run.checkpoints(stretch.leg.leg_id):
             if checkpoint.step in committed and (stretch.stop is None or checkpoint.step <= stretch.stop):
                 found[checkpoint.step] = checkpoint.ref
+    return found
+
+
+def main_line_checkpoint(run: RunArtifacts, step: int | None = None) -> CheckpointRef:
+    """The main line's checkpoint at a step, or its last one.
+
+    Raises:
+        NearFutureError: there is none; names the steps that there are.
+    """
+    found = main_line_checkpoints(run)
     if not found or (step is not None and step not in found):
         wanted = "checkpoint" if step is None else f"checkpoint at step {step}"
         present = ", ".join(map(str, sorted(found))) or "none"

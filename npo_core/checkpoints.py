@@ -147,7 +147,9 @@ class Checkpoints(RunFiles):
                 try:
                     return MonitorState.model_validate_json(self.store.read_data(entry))
                 except ValidationError as error:
-                    raise StoreError(f"{self.uri}/{entry.key} holds no monitor state; restore it from a copy") from error
+                    raise StoreError(
+                        f"{self.uri}/{entry.key} holds no monitor state; restore it from a copy"
+                    ) from error
         return MonitorState()
 
     def _fetch(self, entry: FileEntry, target: Path) -> None:

@@ -32,13 +32,29 @@ def load_config(path: str | Path, overrides: Sequence[str]) -> Config:
         raise ConfigurationError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigurationError(f"configuration {path} holds no sections (run:, data:, …)")
+    return _validated(values, overrides, f"configuration {path}")
+
+
+def overridden(config: Config, overrides: Sequence[str], section: str) -> Config:
+    """A configuration with other values in one section.
+
+    Raises:
+        ConfigurationError: an override is of another section, or wrong.
+    """
+    for override in overrides:
+        if not override.startswith(f"{section}."):
+            raise ConfigurationError(f"override {override!r} changes nothing here; only {section}.… can be set")
+    return _validated(config.model_dump(mode="json"), overrides, "the configuration")
+
+
+def _validated(values: dict[str, Any], overrides: Sequence[str], origin: str) -> Config:
     for override in overrides:
         _apply(values, override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         faults = "\n  ".join(_messages(error))
-        raise ConfigurationError(f"configuration {path} is wrong:\n  {faults}") from error
+        raise ConfigurationError(f"{origin} is wrong:\n  {faults}") from error
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -59,7 +59,7 @@ def check(
     Args:
         state: after `step` steps of the main line.
         step: t.
-        decisions: AutoNPO's earlier ones in the run that had a probe or rolled back.
+        decisions: the run's earlier ones. A user's rollbacks count for clock and cooldown, not for the budget.
         replaying: whether a guide is being mixed in.
     """
     clock = trained_clock(decisions, step)
@@ -72,7 +72,7 @@ def check(
         return verdict(DecisionCode.REPLAYING, "a guide is being replayed; nothing is checked before its window ends")
     if clock < settings.first_check:
         return verdict(DecisionCode.TOO_EARLY, f"{clock} trained steps, the first check is at {settings.first_check}")
-    spent = sum(decision.intervene for decision in decisions)
+    spent = sum(decision.intervene for decision in decisions if decision.source == "autonpo")
     if spent >= settings.max_interventions:
         return verdict(DecisionCode.BUDGET_SPENT, f"all {settings.max_interventions} interventions are spent")
     free_from = max((_cooled_down(decision, settings) for decision in decisions), default=0)

@@ -10,6 +10,7 @@ from npo_core.interfaces import NearFutureError
 from schemas.digest import digest_json, short
 from schemas.records import (
     CheckpointRef,
+    DecisionRecord,
     GuideManifest,
     GuideSpec,
     Head,
@@ -108,13 +109,16 @@ class Tokens:
     policy: int
     """Rollouts of the main line's steps."""
     guide: int
-    """Answers of guides, wrong ones included."""
+    """Answers of guides and of AutoNPO's probes, wrong ones included."""
     discarded: int
     """Rollouts of scouts, of abandoned legs and of steps that were cut off."""
 
 
 def count_tokens(
-    line: Sequence[Stretch], segments: Mapping[str, Sequence[SegmentManifest]], guides: Iterable[GuideManifest]
+    line: Sequence[Stretch],
+    segments: Mapping[str, Sequence[SegmentManifest]],
+    guides: Iterable[GuideManifest],
+    decisions: Iterable[DecisionRecord],
 ) -> Tokens:
     """Token counts of a run. Legs part at segment ends, where checkpoints are.
 
@@ -122,6 +126,7 @@ def count_tokens(
         line: the main line.
         segments: every leg's segments, by leg.
         guides: all guides.
+        decisions: all decisions.
     """
     stretches = {stretch.leg.leg_id: stretch for stretch in line}
     policy = discarded = 0
@@ -131,7 +136,8 @@ def count_tokens(
             policy += segment.tokens_policy
         else:
             discarded += segment.tokens_policy
-    return Tokens(policy, sum(guide.tokens_guide for guide in guides), discarded)
+    asked = sum(guide.tokens_guide for guide in guides) + sum(decision.tokens_probe for decision in decisions)
+    return Tokens(policy, asked, discarded)
 
 
 @dataclass(frozen=True)
@@ -151,18 +157,21 @@ def line_costs(
     legs: Iterable[LegRecord],
     guides: Iterable[GuideManifest],
     policy_tokens: Mapping[str, Mapping[int, int]],
+    decisions: Iterable[DecisionRecord],
 ) -> list[StepCost]:
     """Cumulative costs of the main line's steps, in order. A guide is paid for, with the steps behind its checkpoint,
-    where the first leg that uses it begins; no step and no guide is paid for twice. What no step of the line depended
-    on is not in it (see `Tokens.discarded`).
+    where the first leg that uses it begins; a probe with the step before it; nothing is paid for twice. What no step of
+    the line depended on is not in it (see `Tokens.discarded`).
 
     Args:
         line: the main line.
         legs: all legs.
         guides: all guides.
         policy_tokens: completion tokens that the policy sampled, by leg and step; ends where the leg does.
+        decisions: all decisions.
     """
-    ledger = _Ledger({leg.leg_id: leg for leg in legs}, {g.guide_id: g for g in guides}, policy_tokens)
+    probes = {(d.leg_id, d.step - 1): d.tokens_probe for d in decisions if d.tokens_probe}
+    ledger = _Ledger({leg.leg_id: leg for leg in legs}, {g.guide_id: g for g in guides}, policy_tokens, probes)
     costs = []
     for stretch in line:
         own = policy_tokens.get(stretch.leg.leg_id, {})
@@ -180,8 +189,9 @@ class _Ledger:
         legs: Mapping[str, LegRecord],
         guides: Mapping[str, GuideManifest],
         policy_tokens: Mapping[str, Mapping[int, int]],
+        probes: Mapping[tuple[str, int], int],
     ) -> None:
-        self.legs, self.guides, self.policy_tokens = legs, guides, policy_tokens
+        self.legs, self.guides, self.policy_tokens, self.probes = legs, guides, policy_tokens, probes
         self.paid: dict[str, int] = {}
         self.paid_guides: set[str] = set()
         self.tokens = self.steps = 0
@@ -200,6 +210,6 @@ class _Ledger:
                 self.tokens += guide.tokens_guide
         own = self.policy_tokens.get(leg_id, {})
         for step in range(self.paid[leg_id], stop):
-            self.tokens += own[step]
+            self.tokens += own[step] + self.probes.get((leg_id, step), 0)
             self.steps += 1
         self.paid[leg_id] = max(self.paid[leg_id], stop)

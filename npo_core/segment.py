@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -50,7 +50,7 @@ class LegContext:
     """By prompt; empty where nothing is mixed in."""
     weights_digest: str
     """Weights that the segment starts from, as recorded in its rows."""
-    monitor: MonitorState = MonitorState()
+    monitor: MonitorState = field(default_factory=MonitorState)
     """AutoNPO's state where the segment starts."""
 
     @property

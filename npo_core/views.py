@@ -95,7 +95,7 @@ def steps(run: RunArtifacts) -> pl.DataFrame:
     Raises:
         NearFutureError: a metrics file is damaged, or lacks a committed step.
     """
-    legs, guides = run.legs(), run.guides()
+    legs, guides, decisions = run.legs(), run.guides(), run.decisions()
     done = segments(run)
     taken = collect(scan(run, list(itertools.chain.from_iterable(done.values())), "metrics", tables.METRICS))
     tokens: dict[str, dict[int, int]] = {leg.leg_id: {} for leg in legs}
@@ -120,7 +120,7 @@ def steps(run: RunArtifacts) -> pl.DataFrame:
         }
         for leg in legs
         # A leg's costs are those of the line which it would be the tip of.
-        for cost in lineage.line_costs(_line_to(leg, legs), legs, guides, tokens)
+        for cost in lineage.line_costs(_line_to(leg, legs), legs, guides, tokens, decisions)
         if cost.leg_id == leg.leg_id
     ]
     schema = {
@@ -231,7 +231,7 @@ def show(run: RunArtifacts) -> dict[str, Any]:
         [{guide_id, leg_id, step, start, stop, solved, prompts}], `interventions` (decision records that intervene),
         `tokens` {policy, guide, discarded}.
     """
-    legs, head, done = run.legs(), run.head(), segments(run)
+    legs, head, done, decisions = run.legs(), run.head(), segments(run), run.decisions()
     line = lineage.main_line(legs, head)
     return {
         "run": run.uri,
@@ -260,8 +260,8 @@ def show(run: RunArtifacts) -> dict[str, Any]:
             }
             for guide in run.guides()
         ],
-        "interventions": [d.model_dump(mode="json") for d in run.decisions() if d.intervene],
-        "tokens": asdict(lineage.count_tokens(line, done, run.guides())),
+        "interventions": [d.model_dump(mode="json") for d in decisions if d.intervene],
+        "tokens": asdict(lineage.count_tokens(line, done, run.guides(), decisions)),
     }
 
 

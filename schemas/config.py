@@ -224,7 +224,7 @@ class AutoNPOSection(Section):
     trend_steps: int = Field(80, ge=8)
     """Steps whose rewards the trend is fitted to. A warning needs as many since the start, or since a rollback's
     start."""
-    trend_z: float = Field(1.0, ge=0)
+    trend_z: float = Field(0.5, ge=0)
     """The trend's upper bound, in standard errors above its estimate, must be below `min_gain` over `patience` steps
     too: larger is surer that training has stalled, and later. 0 takes the estimate itself."""
     first_check: int = Field(30, ge=1)

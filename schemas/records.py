@@ -320,6 +320,11 @@ class DecisionCode(StrEnum):
     LOW_QUALITY = "low-quality"
     INTERVENE = "intervene"
 
+    @property
+    def warned(self) -> bool:
+        """Whether there was a warning: such decisions are committed, the others are what the stored metrics say."""
+        return self in (self.POOL_TOO_SMALL, self.NO_CHECKPOINT, self.LOW_QUALITY, self.INTERVENE)
+
 
 class DecisionRecord(Record):
     """`decisions/…json`: why training does, or does not, roll back. Committed before anything acts."""
@@ -344,9 +349,9 @@ class DecisionRecord(Record):
     guide_id: str | None = None
     """Guide to be mixed in, where it is known when the decision falls: one leg and step may have several."""
     code: DecisionCode | None = None
-    """`autonpo` only, as is all that follows: the reason as a word."""
+    """`autonpo` only, as is all that follows but the clock: the reason as a word."""
     clock: int | None = Field(None, ge=0)
-    """Trained steps of the run when the decision fell, abandoned ones included: it never goes back."""
+    """Trained steps of the run's main lines when the decision fell, abandoned ones included: it never goes back."""
     numbers: dict[str, float] = {}
     """What the trigger read, by name."""
     guide: CheckpointRef | None = None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from prefect import task
 
 from schemas.records import CheckpointRef, DecisionRecord
+from tasks.legs import main_line_step
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
 
@@ -25,6 +26,7 @@ class Replay(NamedTuple):
 def record_schedule(run: str, guide_id: str) -> Replay:
     """Commits the decision to roll back to the start of a guide's window, asked for by configuration or by a user."""
     from npo_core.artifacts import main_line_checkpoint
+    from npo_core.controller import trained_clock
     from npo_core.workspace import now
 
     opened = workspace(run)
@@ -47,6 +49,7 @@ def record_schedule(run: str, guide_id: str) -> Replay:
             window=spec.stop - spec.start,
             parent=parent,
             guide_id=guide_id,
+            clock=trained_clock(opened.run.decisions(), main_line_step(run)[0]),
             created_at=now(),
         )
     )

@@ -19,8 +19,11 @@ def commit_warm_start(run: str) -> CheckpointRef:
 
 
 @task(name="make guide", task_run_name="guide {start}-{stop}", **OPTIONS)
-def make_guide(run: str, checkpoint: CheckpointRef, start: int, stop: int) -> GuideManifest:
-    """Lets the guide policy answer every distinct prompt of steps [start, stop), and commits what is correct."""
+def make_guide(
+    run: str, checkpoint: CheckpointRef, start: int, stop: int, prompts: tuple[str, ...] | None = None
+) -> GuideManifest:
+    """Lets the guide policy answer prompts of steps [start, stop), by default every distinct one, and commits what is
+    correct."""
     from npo_core.guide import make_guide, window_prompts
     from npo_core.interfaces import SamplingParams
     from npo_core.lineage import guide_id
@@ -40,7 +43,7 @@ def make_guide(run: str, checkpoint: CheckpointRef, start: int, stop: int) -> Gu
         weights_digest=opened.run.require_checkpoint(checkpoint.leg_id, checkpoint.step).weights_digest,
         start=start,
         stop=stop,
-        prompt_ids=window_prompts(opened.prompts.batch(step) for step in range(start, stop)),
+        prompt_ids=prompts or window_prompts(opened.prompts.batch(step) for step in range(start, stop)),
         k=opened.config.future.k,
         temperature=rollout.temperature,
         max_new_tokens=rollout.max_new_tokens,

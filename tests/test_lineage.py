@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from npo_core import lineage
 from npo_core.interfaces import NearFutureError
-from schemas.records import CheckpointRef, GuideManifest, GuideSpec, Head, LegKind, LegRecord, SegmentManifest
+from schemas.records import (
+    CheckpointRef,
+    DecisionRecord,
+    GuideManifest,
+    GuideSpec,
+    Head,
+    LegKind,
+    LegRecord,
+    SegmentManifest,
+)
 
 STRIDE = 5
 
@@ -103,6 +112,18 @@ def _ref(leg_id: str, step: int) -> CheckpointRef:
     return CheckpointRef(leg_id=leg_id, step=step, digest=f"{leg_id}@{step}")
 
 
+def _probe(leg_id: str, step: int) -> DecisionRecord:
+    return DecisionRecord(
+        leg_id=leg_id,
+        step=step,
+        intervene=False,
+        reason="",
+        source="autonpo",
+        tokens_probe=1000 + step,
+        created_at="",
+    )
+
+
 @st.composite
 def trees(draw: st.DrawFn) -> Tree:
     """A warm leg and up to eleven others, each from any checkpoint of any earlier one, some with a guide."""
@@ -147,7 +168,11 @@ def test_a_step_costs_what_it_depended_on_and_nothing_twice(tree: Tree, data: st
     tokens = tree.tokens()
     paid = {(guide.guide_id, -1): guide.tokens_guide for guide in tree.guides}
     paid |= {(leg_id, step): count for leg_id, own in tokens.items() for step, count in own.items()}
-    costs = lineage.line_costs(line, tree.legs, tree.guides, tokens)
+    # A probe at the end of every segment, paid with the segment's last step.
+    probes = [_probe(s.leg_id, s.stop) for group in tree.segments.values() for s in group]
+    for probe in probes:
+        paid[probe.leg_id, probe.step - 1] += probe.tokens_probe
+    costs = lineage.line_costs(line, tree.legs, tree.guides, tokens, probes)
     assert [cost.step for cost in costs] == list(range(lineage.line_stop(line, tree.segments)))
     for cost in costs:
         behind = closure(tree, cost.leg_id, cost.step + 1)
@@ -161,11 +186,13 @@ def test_a_step_costs_what_it_depended_on_and_nothing_twice(tree: Tree, data: st
 @given(trees(), st.data())
 def test_every_token_is_counted_once(tree: Tree, data: st.DataObject) -> None:
     line = tree.line(data.draw(st.sampled_from([leg.leg_id for leg in tree.legs])))
-    counted = lineage.count_tokens(line, tree.segments, tree.guides)
+    probes = [_probe(leg.leg_id, leg.start) for leg in tree.legs]
+    counted = lineage.count_tokens(line, tree.segments, tree.guides, probes)
     everything = sum(s.tokens_policy for group in tree.segments.values() for s in group)
     assert counted.policy + counted.discarded == everything
     assert counted.policy == sum(s.tokens_policy for s in tree.kept(line))
-    assert counted.guide == sum(guide.tokens_guide for guide in tree.guides)
+    asked = sum(guide.tokens_guide for guide in tree.guides) + sum(probe.tokens_probe for probe in probes)
+    assert counted.guide == asked
 
 
 def npo_tree() -> Tree:
@@ -204,7 +231,7 @@ def test_a_guide_from_the_lines_own_future_charges_the_steps_that_were_cut_off()
     tree = npo_tree()
     steps = {
         cost.step: cost.total_steps
-        for cost in lineage.line_costs(tree.line("late"), tree.legs, tree.guides, tree.tokens())
+        for cost in lineage.line_costs(tree.line("late"), tree.legs, tree.guides, tree.tokens(), [])
     }
     assert steps[0] == 11  # the scout's ten and its own
     assert steps[19] == 30

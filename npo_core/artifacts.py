@@ -219,7 +219,9 @@ class RunArtifacts(Checkpoints, Legs):
 
     def commit_decision(self, decision: DecisionRecord) -> DecisionRecord:
         """Commits a decision, or returns the one about the same leg and step."""
-        return self.store.create(layout.decision(decision.leg_id, decision.step, decision.guide_id), decision)
+        committed = self.store.create(layout.decision(decision.leg_id, decision.step, decision.guide_id), decision)
+        fault_point("decision-record")
+        return committed
 
     def _read_prompts(self) -> pa.Table:
         data = self.store.read_bytes(layout.PROMPTS)

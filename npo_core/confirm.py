@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from npo_core.faults import fault_point
 from npo_core.interfaces import Generator, StreamKey
 from npo_core.segment import LegContext
 from npo_core.signal import Band, compare_policies, coverage, estimate
@@ -56,6 +57,7 @@ def ask(
         rollouts = generator.sample(prompt_ids, samples, context.sampling, streams)
     except FloatingPointError as error:
         raise FloatingPointError(f"probe of leg {context.leg_id} at step {step}: {error}") from error
+    fault_point("probe-sampled")
     correct = [
         context.verifier.verify(chosen[i // samples], context.decode(ids.tolist())).correct
         for i, ids in enumerate(rollouts.completion_ids)

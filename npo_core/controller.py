@@ -100,12 +100,12 @@ def check(
     }
     rise = f"over {settings.patience} steps"
     if reward_now - reward_before >= settings.min_gain:
-        text = f"the reward EMA rose by {reward_now - reward_before:.3f} {rise}, at least {settings.min_gain:g}"
+        text = f"the reward EMA moved by {reward_now - reward_before:+.3f} {rise}, {settings.min_gain:g} or more"
         return verdict(DecisionCode.REWARD_RISES, text)
     if bound >= settings.min_gain:
         text = (
-            f"the reward EMA rose by {reward_now - reward_before:.3f} {rise}, but the trend of the last "
-            f"{settings.trend_steps} steps is {gain:.3f}, and up to {bound:.3f} with {settings.trend_z:g} standard "
+            f"the reward EMA moved by {reward_now - reward_before:+.3f} {rise}, but the trend of the last "
+            f"{settings.trend_steps} steps is {gain:+.3f}, and up to {bound:+.3f} with {settings.trend_z:g} standard "
             f"errors: a rise of {settings.min_gain:g} is not excluded"
         )
         return verdict(DecisionCode.TREND_RISES, text)
@@ -114,7 +114,7 @@ def check(
         return verdict(DecisionCode.ENTROPY_HOLDS, text)
     return verdict(
         DecisionCode.WARNING,
-        f"the reward EMA rose by {reward_now - reward_before:.3f} {rise} (trend at most {bound:.3f}), less than "
+        f"the reward EMA moved by {reward_now - reward_before:+.3f} {rise} (trend at most {bound:+.3f}), less than "
         f"{settings.min_gain:g}, and the entropy EMA fell from {entropy_before:.3f} to {entropy_now:.3f}",
     )
 

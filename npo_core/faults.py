@@ -18,6 +18,8 @@ FAULT_POINTS = (
     "segment-manifest",  # a segment is committed, nothing after it
     "guide-sampling",  # mid-guide: some prompts are answered
     "guide-data",  # a guide's file is written, its manifest is not
+    "probe-sampled",  # AutoNPO's probe is answered, nothing is decided
+    "decision-record",  # a decision is committed, nothing has acted on it
     "leg-record",  # a leg is opened, the head is not moved to it
     "head-moved",  # the head is moved, nothing after it
     "evaluation-data",  # an evaluation's file is written, its manifest is not

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import polars as pl
+
 from npo_core.interfaces import ConfigurationError
+from npo_core.views import averages
 from schemas.config import RunSection
 from schemas.records import MAIN_LINE_KINDS, LegRecord
-from schemas.tables import METRIC_COLUMNS
+from schemas.tables import METRIC_COLUMNS, MONITOR_COLUMNS
 
 if TYPE_CHECKING:
     from npo_core.artifacts import RunArtifacts
@@ -34,8 +37,8 @@ class Tracker(Protocol):
     """What the configuration calls it."""
 
     def log_segment(self, run_id: str, leg: LegRecord, rows: Sequence[Row], trained: int) -> None:
-        """Takes a committed segment: one row of `schemas.tables.METRICS` a step, in the order of the steps. `trained`
-        is how many steps of the run, all legs together, were committed before it."""
+        """Takes a committed segment: one row of `schemas.tables.METRICS` a step, with AutoNPO's averages, in the order
+        of the steps. `trained` is how many steps of the run, all legs together, were committed before it."""
 
     def close(self) -> None:
         """Returns when everything that was taken is with the sink. More may be taken after it."""
@@ -175,7 +178,9 @@ def export(run: RunArtifacts, tracker: Tracker, markers: Path) -> int:
     for segment in segments:
         marker = markers / run.run_id / f"{segment.leg_id}-{segment.start:06d}-{segment.stop:06d}.json"
         if not marker.exists():
-            rows = run.table(segment, "metrics").sort_by("step").to_pylist()
+            table = pl.DataFrame(run.table(segment, "metrics"))
+            known = averages(run, [segment])
+            rows = table.join(known, on=["leg_id", "step"], how="left").sort("step").to_dicts()
             tracker.log_segment(run.run_id, legs[segment.leg_id], rows, trained)
             pending.append((marker, segment))
         trained += segment.stop - segment.start
@@ -187,7 +192,7 @@ def export(run: RunArtifacts, tracker: Tracker, markers: Path) -> int:
 
 
 def _values(row: Row) -> dict[str, float]:
-    return {tag: row[tag] for tag in METRIC_COLUMNS if row.get(tag) is not None}
+    return {tag: row[tag] for tag in (*METRIC_COLUMNS, *MONITOR_COLUMNS) if row.get(tag) is not None}
 
 
 def _missing(package: str) -> ConfigurationError:

@@ -140,8 +140,28 @@ def _line_to(leg: LegRecord, legs: Sequence[LegRecord]) -> list[lineage.Stretch]
 
 
 def metrics(run: RunArtifacts) -> pl.DataFrame:
-    """The main line, one row a step: its metrics, with `trained_steps` and `total_tokens` as in `steps`."""
-    return steps(run).filter("main_line").drop("main_line").sort("step")
+    """The main line, one row a step: its metrics, with `trained_steps` and `total_tokens` as in `steps`, and AutoNPO's
+    averages (`schemas.tables.MONITOR_COLUMNS`)."""
+    every = itertools.chain.from_iterable(segments(run).values())
+    return (
+        steps(run)
+        .filter("main_line")
+        .drop("main_line")
+        .join(averages(run, list(every)), on=["leg_id", "step"], how="left")
+        .sort("step")
+    )
+
+
+def averages(run: RunArtifacts, of: Sequence[SegmentManifest]) -> pl.DataFrame:
+    """AutoNPO's averages after each step of some segments, as far as their checkpoints remember them."""
+    rows = [
+        (segment.leg_id, seen.step, seen.reward_ema, seen.entropy_ema)
+        for segment in of
+        for seen in run.monitor_state(segment.checkpoint).observations
+        if seen.step >= segment.start
+    ]
+    types = dict.fromkeys(tables.MONITOR_COLUMNS, pl.Float64)
+    return pl.DataFrame(rows, schema={"leg_id": pl.String, "step": pl.Int32, **types}, orient="row")
 
 
 def evaluations(run: RunArtifacts, taken: pl.DataFrame) -> pl.DataFrame:

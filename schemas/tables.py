@@ -88,6 +88,10 @@ METRIC_COLUMNS = (
 `grad_norm` and `clip_ratio/*` are of the update; `tokens/policy` were sampled, `tokens/trained` went through the
 backward pass."""
 
+MONITOR_COLUMNS = ("autonpo/reward_ema", "autonpo/entropy_ema")
+"""AutoNPO's averages after a step. They are not in the metrics' file: checkpoints hold them, and views show them beside
+the metrics."""
+
 METRICS = pa.schema(
     [
         pa.field("run_id", pa.string(), nullable=False),

@@ -46,10 +46,37 @@ def npo(
 def run_arguments(config: str, store: Path, name: str, **overrides: object) -> list[str]:
     """Arguments of `npo run` for a small run; overrides use `__` for the dot."""
     values = {**SMALL, "run.store": f"file://{store}", "run.name": name}
-    if "grpo" in config:
+    if config != "testbed-npo":
         values = {key: value for key, value in values.items() if not key.startswith("future")}
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
     return ["run", f"deploy/configs/{config}.yaml", *(part for k, v in values.items() for part in ("-s", f"{k}={v}"))]
+
+
+EAGER = {
+    "run.total_steps": 16,
+    "data.prompts": 32,
+    "learner.learning_rate": 1e-3,
+    "autonpo.patience": 4,
+    "autonpo.trend_steps": 8,
+    "autonpo.trend_z": 0,
+    "autonpo.min_gain": 9,
+    "autonpo.first_check": 8,
+    "autonpo.cooldown": 2,
+    "autonpo.max_interventions": 2,
+    "autonpo.lookback": 6,
+    "autonpo.min_pool": 2,
+    "autonpo.probe_prompts": 4,
+    "autonpo.probe_samples": 4,
+    "autonpo.min_quality": 0,
+    "autonpo.mistake_threshold": 0.5,
+}
+"""AutoNPO that warns as soon as entropy falls: at step 8, and at step 10 once it has been replayed."""
+
+
+def autonpo_arguments(store: Path, name: str, **overrides: object) -> list[str]:
+    """`run_arguments` of a small AutoNPO run that intervenes twice."""
+    eager = {key.replace(".", "__"): value for key, value in EAGER.items()}
+    return run_arguments("testbed-autonpo", store, name, **{**eager, **overrides})
 
 
 def last_json(result: subprocess.CompletedProcess[str]) -> Any:

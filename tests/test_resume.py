@@ -9,7 +9,7 @@ import pytest
 
 from npo_core.artifacts import open_run
 from npo_core.faults import FAULT_POINTS
-from tests.command import fingerprint, last_json, npo, run_arguments, was_killed
+from tests.command import autonpo_arguments, fingerprint, last_json, npo, run_arguments, was_killed
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +25,7 @@ MOMENTS = (
     "segment-manifest",
     "guide-sampling",
     "guide-data",
+    "decision-record",  # to replay with the guide: no leg yet
     "leg-record",  # the replay leg: the head still at the warm leg
     "head-moved",  # to the replay leg
     "segment-data",  # of the replay leg
@@ -40,8 +41,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, prefect_server: dict[s
     return fingerprint(open_run(result["run"]))
 
 
+AUTONPO_MOMENTS = (
+    "probe-sampled",  # today's policy has answered, nothing is decided
+    "probe-sampled:2",  # and π(t−Δ) too
+    "decision-record",  # decided, nothing acted
+    "guide-sampling",
+    "guide-data",
+    "leg-record:3",  # the replay leg: warm and main are found
+    "head-moved",  # to it
+    "segment-manifest",  # of it
+    "decision-record",  # the second intervention
+    "segment-data",
+)
+
+
 def test_every_fault_point_is_among_the_moments() -> None:
-    assert {moment.partition(":")[0] for moment in MOMENTS} == set(FAULT_POINTS)
+    assert {moment.partition(":")[0] for moment in (*MOMENTS, *AUTONPO_MOMENTS)} == set(FAULT_POINTS)
 
 
 def test_killed_at_every_fault_point_it_ends_bit_identical(
@@ -54,6 +69,30 @@ def test_killed_at_every_fault_point_it_ends_bit_identical(
     run = open_run(result["run"])
     assert fingerprint(run) == undisturbed
     assert npo("verify", result["run"]).returncode == 0
+
+
+def test_autonpo_killed_between_deciding_and_acting_ends_bit_identical(
+    tmp_path: Path, prefect_server: dict[str, str]
+) -> None:
+    calm = last_json(npo(*autonpo_arguments(tmp_path / "calm", "demo"), "--json", env=prefect_server))
+    undisturbed = fingerprint(open_run(calm["run"]))
+    assert len([d for d in open_run(calm["run"]).decisions() if d.intervene]) == 2
+    arguments = autonpo_arguments(tmp_path / "killed", "demo")
+    for moment in AUTONPO_MOMENTS:
+        assert was_killed(npo(*arguments, env={**prefect_server, "NPO_FAULT": moment})), f"no kill at {moment}"
+    result = last_json(npo(*arguments, "--json", env=prefect_server))
+    assert fingerprint(open_run(result["run"])) == undisturbed
+    assert npo("verify", result["run"]).returncode == 0
+
+
+def test_an_extended_autonpo_run_is_what_a_long_one_leaves(tmp_path: Path, prefect_server: dict[str, str]) -> None:
+    # It ends where the monitor warns: asked for no more steps, it does not roll back.
+    last_json(npo(*autonpo_arguments(tmp_path, "demo", run__total_steps=8), "--json", env=prefect_server))
+    extended = last_json(npo(*autonpo_arguments(tmp_path, "demo"), "--json", env=prefect_server))
+    long = last_json(npo(*autonpo_arguments(tmp_path / "long", "demo"), "--json", env=prefect_server))
+    found, wanted = (fingerprint(open_run(result["run"])) for result in (extended, long))
+    for part in ("head", "legs", "segments", "checkpoints", "guides", "decisions"):
+        assert found[part] == wanted[part]
 
 
 def test_a_finished_run_asked_for_again_changes_nothing_and_more_steps_extend_it(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prefect import flow
 
 from npo_core.progress import progress_bar
@@ -13,6 +15,7 @@ from tasks.legs import (
     main_line_step,
     open_leg,
     require_finished,
+    scout_is_done,
     train_segment,
 )
 from tasks.monitor import announce, monitor_leg, pending_rollback
@@ -31,9 +34,10 @@ def warm_start(run: str) -> CheckpointRef:
 
 @flow(name="scout", flow_run_name="scout {start}+{lookahead} of {run}")
 def scout(run: str, start: int, lookahead: int) -> CheckpointRef:
-    """The future leg: trains `lookahead` steps ahead of the main line's checkpoint at `start`."""
+    """The future leg: trains `lookahead` steps ahead of the main line's checkpoint at `start`, or, with
+    `future.scout.patience`, until it has stopped to solve more."""
     leg = open_leg(run, "scout", main_line_checkpoint(run, start))
-    return train(run, leg, start + lookahead)
+    return train(run, leg, start + lookahead, lambda step: scout_is_done(run, leg, step))
 
 
 @flow(name="guide", flow_run_name="guide {start}-{stop} of {run}")
@@ -61,7 +65,10 @@ def main(run: str, stop: int) -> CheckpointRef:
     if step >= stop:
         return main_line_checkpoint(run, step)
     leg = tip if tip.kind == "main" else open_leg(run, "main", main_line_checkpoint(run, step))
-    return train(run, leg, stop, monitored=workspace(run).config.algorithm.method == "autonpo")
+    if workspace(run).config.algorithm.method != "autonpo":
+        return train(run, leg, stop)
+    # What was trained beyond a step has been decided there.
+    return train(run, leg, stop, lambda at: at >= step and watch(run, leg, at).intervene)
 
 
 @flow(name="monitor", flow_run_name="monitor {run}")
@@ -95,21 +102,17 @@ def report(run: str) -> str:
     return publish_report(run)
 
 
-def train(run: str, leg: LegRecord, stop: int, monitored: bool = False) -> CheckpointRef:
+def train(run: str, leg: LegRecord, stop: int, ends_at: Callable[[int], bool] = lambda step: False) -> CheckpointRef:
     """Trains a leg to `stop`, segment by segment; legs of the main line are evaluated on the way.
 
     Args:
-        monitored: AutoNPO looks at the policy between segments, and may end the leg here.
+        ends_at: asked before each segment whether the leg ends at this step already.
     """
     config = workspace(run).config
     size, every = config.run.segment_steps, config.evaluation.every
     step, accuracy = leg.start, {}
-    # What was trained beyond a step has been decided there.
-    undecided = main_line_step(run)[0] if monitored else stop
     with progress_bar(f"{leg.kind} {leg.start}-{stop}", stop - leg.start) as bar:
-        while step < stop:
-            if step >= undecided and watch(run, leg, step).intervene:
-                break
+        while step < stop and not ends_at(step):
             # Boundaries lie at multiples of the segment's size, wherever the leg starts.
             segment = train_segment(run, leg, step, min(stop, (step // size + 1) * size))
             step = segment.stop

@@ -165,8 +165,12 @@ class Generator(Protocol):
 class Learner(Protocol):
     """Updates a policy."""
 
-    def load(self, checkpoint: LocalCheckpoint) -> None:
-        """Takes weights, optimizer and state; a checkpoint without an optimizer starts a fresh one."""
+    def load(self, checkpoint: LocalCheckpoint, learning_rate: float) -> None:
+        """Takes weights, optimizer and state; a checkpoint without an optimizer starts a fresh one.
+
+        Args:
+            learning_rate: peak rate from here on, whatever it was before: a scout may have one of its own.
+        """
 
     def log_probs(
         self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]

@@ -35,12 +35,12 @@ class TorchLearner:
         self.policy, self.reference = policy, reference
         self.settings, self.algorithm, self.rollout = config.learner, config.algorithm, config.rollout
         self.parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-        self._fresh_optimizer()
+        self._fresh_optimizer(self.settings.learning_rate)
 
-    def load(self, checkpoint: LocalCheckpoint) -> None:
+    def load(self, checkpoint: LocalCheckpoint, learning_rate: float) -> None:
         """See `Learner.load`."""
         self.policy.load_weights(checkpoint.weights)
-        self._fresh_optimizer()
+        self._fresh_optimizer(learning_rate)
         if not (checkpoint.path / STATE_FILE).exists():
             return
         state = json.loads((checkpoint.path / STATE_FILE).read_text())
@@ -60,9 +60,10 @@ class TorchLearner:
                 "param_groups": self.optimizer.state_dict()["param_groups"],
             }
         )
-        self.scheduler.load_state_dict(state["scheduler"])
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        # The schedule goes on where it was, at this peak rate and not the stored one.
+        rate = learning_rate * warmup(self.settings.warmup_steps)(state["scheduler"]["last_epoch"])
+        self.scheduler.load_state_dict({**state["scheduler"], "base_lrs": [learning_rate], "_last_lr": [rate]})
+        self.optimizer.param_groups[0]["lr"] = rate
 
     def log_probs(
         self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]
@@ -169,11 +170,11 @@ class TorchLearner:
         metrics = sums.metrics(self.algorithm.kl_beta, tokens)
         return {**metrics, "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens/trained": trained}
 
-    def _fresh_optimizer(self) -> None:
+    def _fresh_optimizer(self, learning_rate: float) -> None:
         settings = self.settings
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
-            lr=settings.learning_rate,
+            lr=learning_rate,
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,

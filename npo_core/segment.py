@@ -139,8 +139,9 @@ def run_segment(
 
 def sample_groups(context: LegContext, generator: Generator, step: int) -> list[Group]:
     """The step's prompt groups, sampled and not yet verified."""
-    batch = context.prompts.batch(step)
-    n, seed = context.config.rollout.group_size, context.config.run.seed
+    rollout, seed = context.config.rollout, context.config.run.seed
+    # A scout may train on the first part of the main line's batch.
+    batch, n = context.prompts.batch(step)[: rollout.prompts_per_step], rollout.group_size
     prompt_ids = [context.encode(prompt) for prompt in batch]
     streams = [StreamKey(seed, "rollout", step, prompt.prompt_id, slot) for prompt in batch for slot in range(n)]
     try:

@@ -27,7 +27,7 @@ from npo_core.prompts import PromptTable, encode, load_verifier
 from npo_core.segment import LegContext
 from schemas import layout
 from schemas.config import Config
-from schemas.records import CheckpointRef, GuideManifest, LegRecord, MonitorState, RunRecord
+from schemas.records import CheckpointRef, GuideManifest, LegKind, LegRecord, MonitorState, RunRecord
 
 logger = logging.getLogger("npo")
 
@@ -45,7 +45,8 @@ class Workspace:
         self.config, self.run, self.record = config, run, record
         self._scratch = tempfile.TemporaryDirectory(prefix="near-future-")
         self._engine: Engine | None = None
-        self._holds: tuple[str, bool] | None = None
+        self._holds: tuple[str, float | None] | None = None
+        # Checkpoint and learning rate; no rate: weights alone.
         self._guides: dict[str, dict[str, GuideTrajectory]] = {}
 
     @classmethod
@@ -123,31 +124,38 @@ class Workspace:
         """Text of one token, special ones included."""
         return self.tokenizer.decode([token])
 
-    def holding(self, ref: CheckpointRef, optimizer: bool) -> Engine:
-        """The engine, holding this checkpoint; its optimizer and state too if asked for.
+    def leg_config(self, kind: LegKind) -> Config:
+        """The configuration that a leg of this kind trains under."""
+        return self.config.scout() if kind == "scout" else self.config
+
+    def holding(self, ref: CheckpointRef, optimizer: bool, kind: LegKind = "main") -> Engine:
+        """The engine, holding this checkpoint; its optimizer and state too if asked for, as a leg of this kind wants
+        them.
 
         Raises:
             NearFutureError: the checkpoint is missing or damaged.
         """
-        if self._engine and self._holds and self._holds[0] == ref.digest and self._holds[1] >= optimizer:
+        rate = self.leg_config(kind).learner.learning_rate
+        if self._engine and self._holds and self._holds[0] == ref.digest and (not optimizer or self._holds[1] == rate):
             return self._engine
         self._holds = None
         with self._checked_out(ref, weights_only=not optimizer) as local:
             engine = self._engine = self._engine or Engine.build(self.config, local.weights, self._starting_policy)
             if optimizer:
-                engine.learner.load(local)
+                engine.learner.load(local, rate)
             else:
                 engine.generator.load(local)
-        self._holds = (ref.digest, optimizer)
+        self._holds = (ref.digest, rate if optimizer else None)
         return engine
 
     def trained(self) -> None:
         """Forgets which checkpoint the engine holds: its weights are changing."""
         self._holds = None
 
-    def now_holds(self, ref: CheckpointRef) -> None:
-        """The engine's weights, optimizer and state are those of this checkpoint, which it has just saved."""
-        self._holds = (ref.digest, True)
+    def now_holds(self, ref: CheckpointRef, kind: LegKind) -> None:
+        """The engine's weights, optimizer and state are those of this checkpoint, which a leg of this kind has just
+        saved."""
+        self._holds = (ref.digest, self.leg_config(kind).learner.learning_rate)
 
     def context(
         self,
@@ -155,12 +163,14 @@ class Workspace:
         weights_digest: str,
         guide: Mapping[str, GuideTrajectory] | None = None,
         monitor: MonitorState | None = None,
+        kind: LegKind = "main",
     ) -> LegContext:
-        """What the steps of a leg need to know; `guide` is what is mixed into them, `monitor` AutoNPO's state there."""
+        """What the steps of a leg of this kind need to know; `guide` is what is mixed into them, `monitor` AutoNPO's
+        state there."""
         return LegContext(
             run_id=self.run.run_id,
             leg_id=leg_id,
-            config=self.config,
+            config=self.leg_config(kind),
             prompts=self.prompts,
             verifier=self.verifier,
             encode=self.encode,

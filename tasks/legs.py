@@ -64,12 +64,12 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
     start, epoch = parent.step, None
     if leg.kind in MAIN_LINE_KINDS:
         epoch = opened.run.require_tip(leg.leg_id).epoch
-    engine = opened.holding(parent, optimizer=True)
+    engine = opened.holding(parent, optimizer=True, kind=leg.kind)
     before = opened.run.require_checkpoint(parent.leg_id, parent.step)
     fingerprint = environment(opened.config)
     warn_of_changes(before.environment, fingerprint)
     guide = opened.guide(leg.guide_id) if leg.guide_id else {}
-    context = opened.context(leg.leg_id, before.weights_digest, guide, opened.run.monitor_state(parent))
+    context = opened.context(leg.leg_id, before.weights_digest, guide, opened.run.monitor_state(parent), leg.kind)
     opened.trained()
     with progress_bar(f"{leg.kind} {start}-{stop}", stop - start) as bar:
 
@@ -86,8 +86,32 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
     )
     if same:
         # Otherwise another attempt's checkpoint was there first, and the next segment starts from that one.
-        opened.now_holds(checkpoint.ref)
+        opened.now_holds(checkpoint.ref, leg.kind)
     return segment
+
+
+def scout_is_done(run: str, leg: LegRecord, step: int) -> bool:
+    """Whether a scout stops at `step`, where a segment ends, because its coverage has stopped growing. What is
+    committed says so, at any time."""
+    from npo_core.coverage import has_stopped_growing
+
+    opened = workspace(run)
+    scout = opened.config.future.scout
+    if not scout.patience:
+        return False
+    first = step - 2 * scout.patience
+    segments = [s for s in opened.run.segments(leg.leg_id) if first < s.stop and s.stop <= step]
+    tables = [opened.run.table(segment, "metrics", ["step", "batch/solve_none"]) for segment in segments]
+    solve_none = [row["batch/solve_none"] for table in tables for row in table.to_pylist() if row["step"] >= first]
+    done = has_stopped_growing([1 - share for share in solve_none], scout.patience, scout.min_gain)
+    if done:
+        logger.info(
+            "the scout stops at step %d: its coverage has grown by less than %g in %d steps",
+            step,
+            scout.min_gain,
+            scout.patience,
+        )
+    return done
 
 
 def leg_checkpoint(run: str, leg: LegRecord, step: int) -> CheckpointRef:

@@ -196,7 +196,7 @@ def test_save_and_load_restore_every_bit(tmp_path: Path) -> None:
         one.step(batch(step))
     one.save(tmp_path / "saved")
     other = TorchLearner(tiny_policy(tmp_path / "other"), settings_)
-    other.load(LocalCheckpoint(tmp_path / "saved", "0" * 64, 3))
+    other.load(LocalCheckpoint(tmp_path / "saved", "0" * 64, 3), RATE)
     assert torch.equal(weights(one.policy), weights(other.policy))
     for step in range(3, 6):
         assert one.step(batch(step)) == other.step(batch(step))

@@ -162,14 +162,14 @@ class RunArtifacts(Checkpoints, Legs):
     def commit_guide(
         self, spec: GuideSpec, trajectories: pa.Table, tokens_guide: int, environment: Environment
     ) -> GuideManifest:
-        """Commits the trajectories of a guide, at most one a prompt."""
+        """Commits the trajectories of a guide, at most `spec.answers` a prompt."""
         guide_id = lineage.guide_id(spec)
         folder = layout.guide(guide_id)
         manifest = GuideManifest(
             files=(self.put_table(folder, "trajectories", trajectories),),
             guide_id=guide_id,
             spec=spec,
-            solved=trajectories.num_rows,
+            solved=len(trajectories["prompt_id"].unique()),
             tokens_guide=tokens_guide,
             **origin(environment),
         )

@@ -1,8 +1,8 @@
-"""Prompt groups: the rollouts of one prompt at one step, before and after a guide trajectory takes a slot."""
+"""Prompt groups: the rollouts of one prompt at one step, before and after guide trajectories take slots."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from npo_core.advantages import group_advantages
-from npo_core.guide import GuideTrajectory
+from npo_core.guide import GuideTrajectories, GuideTrajectory
 from npo_core.interfaces import FinishReason, Prompt, Rollouts, Verdict
 from npo_core.mixing import plan_replacement
 from schemas.config import AlgorithmSection
@@ -54,16 +54,14 @@ class MixedGroup:
     group: Group
     accuracy: float
     """p̂: mean reward of the on-policy rollouts, before any replacement."""
-    guide: GuideTrajectory | None
-    """What took a slot, if anything did."""
-    slot: int
-    """The slot that it took; -1 without a guide trajectory."""
+    guides: Sequence[GuideTrajectory | None]
+    """What took each slot; None: the policy's own rollout stayed."""
     advantages_G: np.ndarray
     """float64, over the modified group."""
 
 
 def mix_groups(
-    groups: Sequence[Group], guide: Mapping[str, GuideTrajectory], algorithm: AlgorithmSection
+    step: int, groups: Sequence[Group], guide: GuideTrajectories, algorithm: AlgorithmSection
 ) -> tuple[list[MixedGroup], dict[str, float]]:
     """Gate, slot replacement and advantages over the modified groups (NPO, arXiv 2604.20733, section 3.1).
 
@@ -72,17 +70,19 @@ def mix_groups(
     """
     rewards_PG = torch.tensor([[v.reward for v in g.verdicts] for g in groups], dtype=torch.float64)
     correct_PG = torch.tensor([[v.correct for v in g.verdicts] for g in groups])
-    found_P = [guide.get(g.prompt.prompt_id) for g in groups]
-    has_guide_P = torch.tensor([found is not None for found in found_P])
-    plan = plan_replacement(rewards_PG, correct_PG, has_guide_P, algorithm.gate, algorithm.slot)
-    guide_rewards_P = torch.tensor([found.reward if found else 0.0 for found in found_P], dtype=torch.float64)
+    stored = [[t for t in guide.get(g.prompt.prompt_id, ()) if t.serves(step)] for g in groups]
+    stored_P = torch.tensor([len(found) for found in stored])
+    plan = plan_replacement(rewards_PG, correct_PG, stored_P, algorithm.gate, algorithm.slot, algorithm.guide_slots)
+    guide_rewards_PS = torch.zeros(len(groups), max(1, *map(len, stored)), dtype=torch.float64)
+    for p, found in enumerate(stored):
+        guide_rewards_PS[p, : len(found)] = torch.tensor([t.reward for t in found], dtype=torch.float64)
     advantages_PG = group_advantages(
-        plan.mix(rewards_PG, guide_rewards_P), algorithm.advantage_scale, algorithm.advantage_eps
+        plan.mix(rewards_PG, guide_rewards_PS), algorithm.advantage_scale, algorithm.advantage_eps
     )
-    columns = zip(groups, plan.accuracy_P.tolist(), found_P, plan.slot_P.tolist(), advantages_PG.numpy(), strict=True)
+    columns = zip(groups, plan.accuracy_P.tolist(), stored, plan.guide_PG.tolist(), advantages_PG.numpy(), strict=True)
     mixed = [
-        MixedGroup(group, accuracy, found if slot >= 0 else None, slot, advantages_G)
-        for group, accuracy, found, slot, advantages_G in columns
+        MixedGroup(group, accuracy, [None if s < 0 else found[s] for s in taken_G], advantages_G)
+        for group, accuracy, found, taken_G, advantages_G in columns
     ]
     return mixed, plan.metrics()
 
@@ -130,7 +130,7 @@ def group_rows(
             "schema_version": SCHEMA_VERSION,
         }
         for slot, verdict in enumerate(m.group.verdicts):
-            displaced = slot == m.slot
+            displaced = m.guides[slot] is not None
             rows.append(
                 {
                     **shared,
@@ -150,7 +150,9 @@ def group_rows(
                     "text": m.group.texts[slot],
                 }
             )
-        if m.guide is not None:
-            advantage = float(m.advantages_G[m.slot])
-            rows.append({**m.guide.row(), **shared, "slot": m.slot, "advantage": advantage})
+        rows += [
+            {**guide.row(), **shared, "slot": slot, "advantage": float(m.advantages_G[slot])}
+            for slot, guide in enumerate(m.guides)
+            if guide is not None
+        ]
     return rows

@@ -33,7 +33,10 @@ def leg_id(recipe_digest: str, parent: CheckpointRef | None, kind: LegKind, star
 
 def guide_id(spec: GuideSpec) -> str:
     """Identity of a guide, by its inputs: a retry finds the first committed one."""
-    return short(digest_json(spec.model_dump(mode="json")))
+    # Younger fields count where they say something new, so that guides from before them keep their identity.
+    fields = GuideSpec.model_fields
+    silent = {name for name in ("source", "answers") if getattr(spec, name) == fields[name].default}
+    return short(digest_json(spec.model_dump(mode="json", exclude=silent)))
 
 
 def eval_id(checkpoint: CheckpointRef, samples_per_prompt: int, run: RunRecord) -> str:

@@ -1,4 +1,4 @@
-"""Which groups take a guide trajectory, and into which slot (NPO, arXiv 2604.20733, section 3.1)."""
+"""Which groups take guide trajectories, and into which slots (NPO, arXiv 2604.20733, section 3.1)."""
 
 from __future__ import annotations
 
@@ -24,51 +24,60 @@ class Replacement:
     """float64: group accuracy p̂ before the replacement."""
     eligible_P: Tensor
     """bool: p̂ ≤ τ_gate, whether there is a guide trajectory or not."""
-    has_guide_P: Tensor
-    """bool: a guide trajectory of the prompt is stored."""
-    slot_P: Tensor
-    """int64: the slot that the guide trajectory takes; −1 where the group stays as it is."""
+    stored_P: Tensor
+    """int64: how many guide trajectories of the prompt there are."""
+    guide_PG: Tensor
+    """int64: which of them takes the slot; −1 where the policy's own rollout stays."""
 
-    def mix(self, policy_PG: Tensor, guide_P: Tensor) -> Tensor:
+    def mix(self, policy_PG: Tensor, guide_PS: Tensor) -> Tensor:
         """The groups' values (rewards, say) with the guide's in the replaced slots.
 
         Args:
             policy_PG: values of the on-policy rollouts.
-            guide_P: values of the guide trajectories; anything where there is none.
+            guide_PS: values of the stored guide trajectories, S ≥ 1; anything where there is none.
         """
-        slots_G = torch.arange(policy_PG.shape[1], device=policy_PG.device)
-        return torch.where(slots_G == self.slot_P[:, None], guide_P[:, None].to(policy_PG.dtype), policy_PG)
+        taken_PG = guide_PS.to(policy_PG.dtype).gather(1, self.guide_PG.clamp(min=0))
+        return torch.where(self.guide_PG >= 0, taken_PG, policy_PG)
 
     def metrics(self) -> dict[str, float]:
         """`npo/*` of the step: counts of groups, and the share of groups that pass the gate."""
         return {
             "npo/eligible": float(self.eligible_P.sum()),
-            "npo/replaced": float((self.slot_P >= 0).sum()),
-            "npo/guide_missing": float((self.eligible_P & ~self.has_guide_P).sum()),
+            "npo/replaced": float((self.guide_PG >= 0).any(dim=1).sum()),
+            "npo/guide_missing": float((self.eligible_P & (self.stored_P == 0)).sum()),
             "npo/gate_pass_rate": float(self.eligible_P.double().mean()),
         }
 
 
 def plan_replacement(
-    rewards_PG: Tensor, correct_PG: Tensor, has_guide_P: Tensor, gate: float, slot: Literal["last", "failed"]
+    rewards_PG: Tensor,
+    correct_PG: Tensor,
+    stored_P: Tensor,
+    gate: float,
+    slot: Literal["last", "failed"],
+    guide_slots: int = 1,
 ) -> Replacement:
-    """Decides for each group whether a guide trajectory enters it, and where.
+    """Decides for each group which guide trajectories enter it, and where.
 
-    A group takes one iff p̂ ≤ τ_gate (inclusive) and its prompt has a stored guide trajectory. Advantages are to be
-    computed over the modified group.
+    A group takes some iff p̂ ≤ τ_gate (inclusive) and guide trajectories of its prompt are stored: the first one goes
+    into the last slot that may be taken, the second into the one before it, and so on. Advantages are to be computed
+    over the modified group.
 
     Args:
         rewards_PG: verified rewards of the on-policy rollouts.
         correct_PG: bool, the verdicts.
-        has_guide_P: bool.
+        stored_P: int64, how many guide trajectories there are.
         gate: τ_gate.
-        slot: `last` takes slot n − 1 (the paper); `failed` the last slot whose rollout is not correct, and leaves a
-            group without one as it is.
+        slot: `last` takes the slots n − 1, n − 2, … (n − 1 alone is the paper); `failed` the last slots whose rollout
+            is not correct, and leaves a group without one as it is.
+        guide_slots: most slots that are taken, each by another trajectory.
     """
     accuracy_P = group_accuracy(rewards_PG)
     eligible_P = accuracy_P <= gate + GATE_TOLERANCE
-    slots_PG = torch.arange(rewards_PG.shape[1], device=rewards_PG.device).expand_as(correct_PG)
-    candidates_PG = slots_PG if slot == "last" else slots_PG.masked_fill(correct_PG.bool(), -1)
+    free_PG = torch.ones_like(correct_PG, dtype=torch.bool) if slot == "last" else ~correct_PG.bool()
+    # 0 for the last free slot of a group, 1 for the one before it.
+    turn_PG = free_PG.flip(1).cumsum(1).flip(1) - 1
+    wanted_P = torch.where(eligible_P, stored_P.clamp(max=guide_slots), 0)
     return Replacement(
-        accuracy_P, eligible_P, has_guide_P, torch.where(eligible_P & has_guide_P, candidates_PG.amax(dim=1), -1)
+        accuracy_P, eligible_P, stored_P, torch.where(free_PG & (turn_PG < wanted_P[:, None]), turn_PG, -1)
     )

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from npo_core.faults import fault_point
 from npo_core.groups import Group, MixedGroup, group_rows, mix_groups, step_metrics
-from npo_core.guide import GuideTrajectory
+from npo_core.guide import GuideTrajectories
 from npo_core.interfaces import (
     Generator,
     Learner,
@@ -46,8 +46,8 @@ class LegContext:
     decode: Callable[[Sequence[int]], str]
     """Token ids of a completion to the text that the verifier judges."""
     stop_ids: tuple[int, ...]
-    guide: Mapping[str, GuideTrajectory]
-    """By prompt; empty where nothing is mixed in."""
+    guide: GuideTrajectories
+    """Empty where nothing is mixed in."""
     weights_digest: str
     """Weights that the segment starts from, as recorded in its rows."""
     monitor: MonitorState = field(default_factory=MonitorState)
@@ -97,7 +97,7 @@ def run_segment(
         generated = time.perf_counter()
         groups = judge(context, groups)
         verified = time.perf_counter()
-        mixed, replacement = mix_groups(groups, context.guide, context.config.algorithm)
+        mixed, replacement = mix_groups(step, groups, context.guide, context.config.algorithm)
         if not context.guide:
             # No guide was to be had: none is missing.
             del replacement["npo/guide_missing"]
@@ -164,11 +164,10 @@ def judge(context: LegContext, groups: list[Group]) -> list[Group]:
 
 
 def train_batch(step: int, mixed: Sequence[MixedGroup]) -> TrainBatch:
-    """The rows of the update: every group's own rollouts, the displaced one's place taken by the guide trajectory."""
+    """The rows of the update: every group's own rollouts, the displaced ones' places taken by guide trajectories."""
     prompt_ids, completion_ids, guide_logprobs, advantages, is_guide = [], [], [], [], []
     for group in mixed:
-        for slot, advantage in enumerate(group.advantages_G):
-            guide = group.guide if slot == group.slot else None
+        for slot, (advantage, guide) in enumerate(zip(group.advantages_G, group.guides, strict=True)):
             prompt_ids.append(group.group.prompt_ids)
             completion_ids.append(guide.completion_ids if guide else group.group.completion_ids[slot])
             guide_logprobs.append(guide.logprobs if guide else None)

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from npo_core import lineage
 from npo_core.artifacts import RunArtifacts
 from npo_core.engine import Engine
-from npo_core.guide import GuideTrajectory, read_guide
+from npo_core.guide import GuideTrajectories, read_guide
 from npo_core.interfaces import LocalCheckpoint, NearFutureError, Prompt
 from npo_core.policy import Policy, choose_device, device_name
 from npo_core.prompts import PromptTable, encode, load_verifier
@@ -47,7 +47,7 @@ class Workspace:
         self._engine: Engine | None = None
         self._holds: tuple[str, float | None] | None = None
         # Checkpoint and learning rate; no rate: weights alone.
-        self._guides: dict[str, dict[str, GuideTrajectory]] = {}
+        self._guides: dict[str, GuideTrajectories] = {}
 
     @classmethod
     def of(cls, run: RunArtifacts) -> Workspace:
@@ -161,7 +161,7 @@ class Workspace:
         self,
         leg_id: str,
         weights_digest: str,
-        guide: Mapping[str, GuideTrajectory] | None = None,
+        guide: GuideTrajectories | None = None,
         monitor: MonitorState | None = None,
         kind: LegKind = "main",
     ) -> LegContext:
@@ -181,8 +181,8 @@ class Workspace:
             monitor=monitor or MonitorState(),
         )
 
-    def guide(self, guide_id: str) -> dict[str, GuideTrajectory]:
-        """A guide's trajectories by prompt, each verified again when they are first read.
+    def guide(self, guide_id: str) -> GuideTrajectories:
+        """A guide's trajectories, each verified again when they are first read.
 
         Raises:
             NearFutureError: there is none, or it was made under another tokenizer, template or verifier.

@@ -190,7 +190,7 @@ class GuideSpec(Record):
 
 
 class GuideManifest(Manifest):
-    """A guide: at most one verified-correct trajectory a prompt (role `trajectories`)."""
+    """A guide: at most `spec.answers` verified-correct trajectories a prompt (role `trajectories`)."""
 
     kind: Literal["guide"] = "guide"
     guide_id: str

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
 from prefect import task
 
 from npo_core.interfaces import ConfigurationError
-from schemas.records import CheckpointRef, EvalManifest, GuideManifest, GuideSpec
+from schemas.records import CheckpointRef, EvalManifest, GuideManifest, GuideSpec, Head
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from npo_core.artifacts import RunArtifacts
+    from npo_core.workspace import Workspace
 
 
 @task(name="warm start", **OPTIONS)
@@ -22,12 +31,10 @@ def commit_warm_start(run: str) -> CheckpointRef:
 def make_guide(
     run: str, checkpoint: CheckpointRef, start: int, stop: int, prompts: tuple[str, ...] | None = None
 ) -> GuideManifest:
-    """Lets the guide policy answer prompts of steps [start, stop), by default every distinct one, and commits what is
-    correct."""
-    from npo_core.guide import make_guide, window_prompts
-    from npo_core.interfaces import SamplingParams
+    """Collects correct answers to prompts of steps [start, stop), by default to every distinct one, from the sources
+    that `future.source` names, and commits them. Found if they are committed."""
+    from npo_core import guide_sources as sources
     from npo_core.lineage import guide_id
-    from npo_core.progress import progress_bar
     from npo_core.workspace import environment
 
     if not (start < stop and start < checkpoint.step):
@@ -37,39 +44,79 @@ def make_guide(
         )
     opened = workspace(run)
     opened.run.require_reached(checkpoint)
-    rollout = opened.config.rollout
+    config, steps = opened.config, sources.window_steps(opened.prompts, start, stop)
     spec = GuideSpec(
         checkpoint=checkpoint,
         weights_digest=opened.run.require_checkpoint(checkpoint.leg_id, checkpoint.step).weights_digest,
         start=start,
         stop=stop,
-        prompt_ids=prompts or window_prompts(opened.prompts.batch(step) for step in range(start, stop)),
-        k=opened.config.future.k,
-        temperature=rollout.temperature,
-        max_new_tokens=rollout.max_new_tokens,
-        seed=opened.config.run.seed,
+        prompt_ids=tuple(sorted(steps if prompts is None else set(prompts))),
+        k=config.future.k,
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=config.run.seed,
         tokenizer_digest=opened.record.tokenizer_digest,
         verifier=opened.record.verifier,
+        source=config.future.source,
+        answers=config.algorithm.guide_slots,
     )
     identifier = guide_id(spec)
     committed = opened.run.guide(identifier)
     if committed is not None:
         return committed
-    engine = opened.holding(checkpoint, optimizer=False)
-    with progress_bar(f"guide {start}-{stop}", len(spec.prompt_ids)) as bar:
-        guide = make_guide(
+    rollouts = () if spec.source == "checkpoint" else _rollouts_behind(opened.run, spec)
+    reused = sources.reuse_rollouts(spec, identifier, rollouts, steps)
+    asked = () if spec.source == "leg" else sources.unserved(spec, reused, steps)
+    sampled, tokens = _sample(opened, spec, identifier, asked)
+    trajectories = sources.with_sampled(reused, sampled)
+    return opened.run.commit_guide(spec, trajectories, tokens, environment(config))
+
+
+def _rollouts_behind(run: RunArtifacts, spec: GuideSpec) -> Iterator[pa.Table]:
+    """Correct rollouts to a guide's prompts, ended by themselves, of the steps from the window's start to the guide's
+    checkpoint; segment by segment, the newest first."""
+    import pyarrow.compute as pc
+
+    from npo_core.lineage import main_line
+
+    usable = (
+        (pc.field("source") == "policy")
+        & pc.field("correct")
+        & (pc.field("finish_reason") == "stop")
+        & pc.field("prompt_id").isin(spec.prompt_ids)
+    )
+    for stretch in reversed(main_line(run.legs(), Head(leg_id=spec.checkpoint.leg_id, epoch=0))):
+        end = spec.checkpoint.step if stretch.stop is None else stretch.stop
+        for segment in reversed(run.segments(stretch.leg.leg_id)):
+            first, stop = max(segment.start, spec.start), min(segment.stop, end)
+            if first < stop:
+                within = (pc.field("step") >= first) & (pc.field("step") < stop)
+                yield run.table(segment, "rollouts", filters=usable & within)
+
+
+def _sample(opened: Workspace, spec: GuideSpec, guide_id: str, asked: Sequence[str]) -> tuple[pa.Table, int]:
+    """The guide policy's answers to prompts, and the tokens that they took; it is loaded only if there are any."""
+    from npo_core.guide_sources import sample_answers
+    from npo_core.interfaces import SamplingParams
+    from npo_core.progress import progress_bar
+    from schemas.tables import TRAJECTORIES
+
+    if not asked:
+        return TRAJECTORIES.empty_table(), 0
+    engine = opened.holding(spec.checkpoint, optimizer=False)
+    with progress_bar(f"guide {spec.start}-{spec.stop}", len(asked)) as bar:
+        return sample_answers(
             spec,
-            identifier,
+            guide_id,
             opened.run.run_id,
-            [opened.prompts.get(prompt_id) for prompt_id in spec.prompt_ids],
+            [opened.prompts.get(prompt_id) for prompt_id in asked],
             engine.generator,
-            SamplingParams(rollout.temperature, rollout.max_new_tokens, opened.stop_ids),
+            SamplingParams(spec.temperature, spec.max_new_tokens, opened.stop_ids),
             opened.verifier,
             opened.encode,
             opened.decode,
             lambda done, solved: bar(done, {"solved": solved}),
         )
-    return opened.run.commit_guide(spec, guide.trajectories, guide.tokens, environment(opened.config))
 
 
 @task(name="evaluate policy", task_run_name="evaluate {checkpoint.step}", **OPTIONS)

@@ -20,7 +20,7 @@ from npo_core import lineage
 from npo_core.artifacts import RunArtifacts, prompts_digest
 from npo_core.evaluate import Evaluation
 from npo_core.groups import Group, group_rows, mix_groups, step_metrics
-from npo_core.guide import GuideTrajectory, read_guide
+from npo_core.guide import GuideTrajectories, GuideTrajectory, read_guide
 from npo_core.interfaces import Prompt, Rollouts, Verdict
 from npo_core.prompts import PromptTable, to_arrow
 from npo_core.store import open_store
@@ -191,7 +191,7 @@ class _Builder:
                 # A replay learns faster than plain training: what the scout's future is for.
                 skill = policy.skill + (step - first) * (1.6 if guide else 1.0)
                 groups = [self._group(leg, step, p, skill) for p in self.prompts.batch(step)]
-                mixed, replacement = mix_groups(groups, trajectories, self.config.algorithm)
+                mixed, replacement = mix_groups(step, groups, trajectories, self.config.algorithm)
                 digest = policy.checkpoint.weights_digest
                 rollouts += group_rows(self.artifacts.run_id, leg.leg_id, step, digest, self.verifier.name, mixed)
                 metrics.append(self._metrics(leg, step, {**step_metrics(mixed), **replacement}, bool(trajectories)))
@@ -258,6 +258,7 @@ class _Builder:
                 float(sampled.entropies[slot].mean(dtype=np.float64)),
                 texts[slot],
                 stop,
+                stop,
                 spec.weights_digest,
             )
             own = {"leg_id": guide_id, "step": stop, "prompt_id": prompt_id, "slot": slot, "task": prompt.task}
@@ -265,13 +266,11 @@ class _Builder:
         table = pa.Table.from_pylist(rows, tables.TRAJECTORIES)
         return self.artifacts.commit_guide(spec, table, tokens, ENVIRONMENT)
 
-    def _trajectories(self, guide: GuideManifest) -> dict[str, GuideTrajectory]:
-        return dict(
-            read_guide(
-                self.artifacts.table(guide, "trajectories"),
-                lambda prompt_id, ids: self.verifier.verify(self.prompts.get(prompt_id), decode(ids)),
-                lambda prompt_id: encode(self.prompts.get(prompt_id).messages[0]["content"]),
-            )
+    def _trajectories(self, guide: GuideManifest) -> GuideTrajectories:
+        return read_guide(
+            self.artifacts.table(guide, "trajectories"),
+            lambda prompt_id, ids: self.verifier.verify(self.prompts.get(prompt_id), decode(ids)),
+            lambda prompt_id: encode(self.prompts.get(prompt_id).messages[0]["content"]),
         )
 
     def _evaluate(self, policy: _Policy) -> None:

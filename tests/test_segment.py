@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from npo_core.begin import begin, warm_start
 from npo_core.groups import mix_groups
-from npo_core.guide import GuideTrajectory, make_guide, read_guide, window_prompts
+from npo_core.guide import GuideTrajectories, read_guide
+from npo_core.guide_sources import sample_answers, window_steps
 from npo_core.interfaces import NearFutureError
 from npo_core.segment import LegContext, judge, run_segment, sample_groups, train_batch
 from npo_core.workspace import Workspace
@@ -39,15 +40,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture(scope="module")
-def guide(workspace: Workspace) -> Mapping[str, GuideTrajectory]:
+def guide(workspace: Workspace) -> GuideTrajectories:
     """Verified answers of the warm-started policy itself, many samples a prompt."""
-    return read_guide(made(workspace).trajectories, verify_in(workspace), encode_in(workspace))
+    return read_guide(made(workspace)[0], verify_in(workspace), encode_in(workspace))
 
 
-def made(workspace: Workspace, k: int = 24) -> Any:
+def made(workspace: Workspace, k: int = 24, answers: int = 1) -> tuple[pa.Table, int]:
     head = workspace.run.head()
     assert head is not None
-    ids = window_prompts(workspace.prompts.batch(step) for step in range(3))
+    ids = tuple(sorted(window_steps(workspace.prompts, 0, 3)))
     spec = GuideSpec(
         checkpoint=CheckpointRef(leg_id=head.leg_id, step=0, digest="d"),
         weights_digest="w",
@@ -60,11 +61,12 @@ def made(workspace: Workspace, k: int = 24) -> Any:
         seed=3,
         tokenizer_digest=workspace.record.tokenizer_digest,
         verifier=workspace.record.verifier,
+        answers=answers,
     )
     engine = workspace.holding(warm_start(workspace), optimizer=False)
     prompts = [workspace.prompts.get(i) for i in ids]
     sampling = context(workspace).sampling
-    return make_guide(
+    return sample_answers(
         spec,
         "g" * 12,
         "demo",
@@ -86,7 +88,7 @@ def encode_in(workspace: Workspace) -> Any:
     return lambda prompt: workspace.encode(workspace.prompts.get(prompt))
 
 
-def context(workspace: Workspace, guide: Mapping[str, GuideTrajectory] | None = None) -> LegContext:
+def context(workspace: Workspace, guide: GuideTrajectories | None = None) -> LegContext:
     return LegContext(
         "demo",
         "leg",
@@ -102,19 +104,20 @@ def context(workspace: Workspace, guide: Mapping[str, GuideTrajectory] | None = 
 
 
 def test_hard_groups_with_a_guide_take_it_in_the_last_slot_and_no_others_do(
-    workspace: Workspace, guide: Mapping[str, GuideTrajectory]
+    workspace: Workspace, guide: GuideTrajectories
 ) -> None:
     engine = workspace.holding(warm_start(workspace), optimizer=True)
     groups = judge(context(workspace), sample_groups(context(workspace), engine.generator, 0))
-    mixed, metrics = mix_groups(groups, guide, workspace.config.algorithm)
+    mixed, metrics = mix_groups(0, groups, guide, workspace.config.algorithm)
     for group in mixed:
         rewards = [v.reward for v in group.group.verdicts]
         assert group.accuracy == np.mean(rewards)
         known = guide.get(group.group.prompt.prompt_id)
-        assert (group.guide is not None) == (group.accuracy <= 0.6 and known is not None)
-        if group.guide is not None:
-            assert group.slot == 7
-            modified = np.array([*rewards[:7], group.guide.reward])
+        *own, taken = group.guides
+        assert own == [None] * 7
+        assert (taken is not None) == (group.accuracy <= 0.6 and known is not None)
+        if taken is not None:
+            modified = np.array([*rewards[:7], taken.reward])
             np.testing.assert_allclose(
                 group.advantages_G, (modified - modified.mean()) / (modified.std(ddof=1) + 1e-6), atol=1e-12
             ) if modified.std() else np.testing.assert_array_equal(group.advantages_G, 0)
@@ -128,9 +131,7 @@ def test_hard_groups_with_a_guide_take_it_in_the_last_slot_and_no_others_do(
         assert len(batch.guide_logprobs[row]) == len(batch.completion_ids[row])  # type: ignore[arg-type]
 
 
-def test_rows_keep_every_rollout_and_mark_the_displaced_one(
-    workspace: Workspace, guide: Mapping[str, GuideTrajectory]
-) -> None:
+def test_rows_keep_every_rollout_and_mark_the_displaced_one(workspace: Workspace, guide: GuideTrajectories) -> None:
     engine = workspace.holding(warm_start(workspace), optimizer=True)
     workspace.trained()
     tables = run_segment(context(workspace, guide), engine.generator, engine.learner, 0, 2, lambda done, metrics: None)
@@ -169,16 +170,16 @@ def test_an_unguided_replay_repeats_its_leg_exactly(workspace: Workspace) -> Non
 
 
 def test_a_guide_keeps_the_first_correct_answer_that_ended_by_itself(workspace: Workspace) -> None:
-    few, many = made(workspace, k=4), made(workspace, k=24)
-    first = {row["prompt_id"]: row for row in few.trajectories.to_pylist()}
-    more = {row["prompt_id"]: row for row in many.trajectories.to_pylist()}
+    (few, few_tokens), (many, many_tokens) = made(workspace, k=4), made(workspace, k=24)
+    first = {row["prompt_id"]: row for row in few.to_pylist()}
+    more = {row["prompt_id"]: row for row in many.to_pylist()}
     assert set(first) < set(more), "more samples solve more prompts"
     for prompt, row in first.items():
         assert row["completion_ids"] == more[prompt]["completion_ids"], "the first in sampling order stays"
     for row in more.values():
         assert row["correct"]
         assert row["finish_reason"] == "stop"
-    assert many.tokens > few.tokens > sum(len(row["completion_ids"]) for row in first.values())
+    assert many_tokens > few_tokens > sum(len(row["completion_ids"]) for row in first.values())
 
 
 @pytest.mark.parametrize(
@@ -192,8 +193,8 @@ def test_a_guide_keeps_the_first_correct_answer_that_ended_by_itself(workspace: 
 def test_a_stored_answer_that_does_not_hold_is_refused(
     workspace: Workspace, column: str, value: object, message: str
 ) -> None:
-    table = made(workspace).trajectories
+    table, _ = made(workspace)
     rows = table.to_pylist()
     rows[0][column] = value
     with pytest.raises(NearFutureError, match=message):
-        read_guide(type(table).from_pylist(rows, table.schema), verify_in(workspace), encode_in(workspace))
+        read_guide(pa.Table.from_pylist(rows, table.schema), verify_in(workspace), encode_in(workspace))

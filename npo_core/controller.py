@@ -160,7 +160,8 @@ def confirmable(candidates: Sequence[Candidate], settings: AutoNPOSection) -> Ve
 
 
 def choose(candidates: Sequence[Candidate], settings: AutoNPOSection) -> Verdict:
-    """Δ* = argmax Q̂(Δ)/V̂(Δ) over the candidates that the probe has measured, the nearest among equals."""
+    """Δ* = argmax Q̂(Δ)/V̂(Δ) over the candidates that the probe has measured and whose Q̂ reaches `min_quality`, the
+    nearest among equals."""
     refused = confirmable(candidates, settings)
     if refused is not None:
         return refused
@@ -168,16 +169,20 @@ def choose(candidates: Sequence[Candidate], settings: AutoNPOSection) -> Verdict
     measured = [c for c in candidates if c.pool >= settings.min_pool and c.quality is not None and name in c.signal]
     if not measured:
         return Verdict(DecisionCode.POOL_TOO_SMALL, "the probe asked no prompt of a distance with enough mistakes")
-    best = max(measured, key=lambda c: (c.signal[name].value, -c.lookahead))
-    assert best.quality is not None
-    quality, variance, signal = best.quality.value, best.variance[name].value, best.signal[name].value
-    figures = f"Q̂ {quality:.2f} / V̂ {variance:.2f} = Ŝ {signal:.2f} at Δ = {best.lookahead}"
-    if quality < settings.min_quality:
-        text = f"the best of {len(measured)} distances has {figures}: Q̂ is under {settings.min_quality:g}"
+    able = [c for c in measured if c.quality is not None and c.quality.value >= settings.min_quality]
+    if not able:
+        best = max(measured, key=lambda c: (c.quality.value if c.quality else 0.0, -c.lookahead))
+        text = (
+            f"the largest Q̂ of {len(measured)} distances is {best.quality.value if best.quality else 0.0:.2f}, at Δ = "
+            f"{best.lookahead}: under {settings.min_quality:g}"
+        )
         return Verdict(DecisionCode.LOW_QUALITY, text)
+    best = max(able, key=lambda c: (c.signal[name].value, -c.lookahead))
+    quality = best.quality.value if best.quality else 0.0
     text = (
-        f"{figures} is the best of {len(measured)} distances; today's policy guides the {best.pool} prompts that "
-        f"failed in the last {best.lookahead} steps"
+        f"Q̂ {quality:.2f} / V̂ {best.variance[name].value:.2f} = Ŝ {best.signal[name].value:.2f} at Δ = {best.lookahead} "
+        f"is the best of {len(able)} distances; today's policy guides the {best.pool} prompts that failed in the last "
+        f"{best.lookahead} steps"
     )
     return Verdict(DecisionCode.INTERVENE, text, chosen=best)
 

@@ -246,7 +246,7 @@ class AutoNPOSection(Section):
     probe_samples: int = Field(8, ge=1)
     """Answers that the probe samples a prompt."""
     min_quality: float = Field(0.25, ge=0, le=1)
-    """Smallest Q̂ of the best distance at which training rolls back."""
+    """Smallest Q̂ of a distance that training rolls back by."""
     variance: Variance = "kl_token"
     """Which estimate of V divides Q̂: `kl_token` exp(κ · mean KL a token) (the paper), `kl_sequence` exp(κ · mean KL a
     sequence), `chi2` 1 + χ² of whole sequences, the inverse of the relative effective sample size."""

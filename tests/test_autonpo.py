@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,21 +196,54 @@ def test_monitor_and_intervene_run_as_stages_of_their_own(tmp_path: Path, prefec
     assert len(open_run(uri).decisions()) == 1, "a quiet moment is not written down"
 
 
-def test_prefect_hears_of_every_warning(
-    uri: str, interventions: list[DecisionRecord], prefect_server: dict[str, str]
+@pytest.fixture(scope="module")
+def listening_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Prefect server with its services: the one that `npo` starts for itself keeps no events."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home = {"PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, env={**os.environ, **home}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    api = {**home, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    try:
+        _eventually(lambda: urllib.request.urlopen(f"{api['PREFECT_API_URL']}/health", timeout=5).status == 200)
+        yield api
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def test_prefect_hears_of_a_warning(
+    tmp_path: Path, prefect_server: dict[str, str], listening_server: dict[str, str]
 ) -> None:
-    keys = {
-        f"decision-demo-{decision.leg_id}-{decision.step}": f"Δ = {decision.lookahead}" for decision in interventions
-    }
-    found = {artifact["key"]: artifact["data"] for artifact in _post(prefect_server, "artifacts/filter", {})}
-    for key, figures in keys.items():
-        assert figures in found[key]
-    wanted = {"event": {"name": ["npo.lookahead.stagnation"]}}
-    events = _post(prefect_server, "events/filter", {"filter": wanted})["events"]
-    told = {
-        (event["payload"]["leg_id"], event["payload"]["step"]) for event in events if event["payload"]["run"] == uri
-    }
-    assert told == {(decision.leg_id, decision.step) for decision in interventions}
+    arguments = autonpo_arguments(tmp_path, "demo")
+    assert was_killed(npo(*arguments, env={**prefect_server, "NPO_FAULT": "decision-record"}))
+    uri = f"file://{tmp_path}/demo"
+    decision = last_json(npo("stage", "monitor", uri, "--json", env=listening_server))["artifacts"][0]
+
+    key = f"decision-demo-{decision['leg_id']}-{decision['step']}"
+    shown = {artifact["key"]: artifact["data"] for artifact in _post(listening_server, "artifacts/filter", {})}
+    assert f"| {decision['lookahead']} **chosen** |" in shown[key]
+
+    def told() -> bool:
+        wanted = {"filter": {"event": {"name": ["npo.lookahead.stagnation"]}}}
+        events = _post(listening_server, "events/filter", wanted)["events"]
+        return [(event["payload"]["leg_id"], event["payload"]["step"]) for event in events] == [
+            (decision["leg_id"], decision["step"])
+        ]
+
+    _eventually(told)
+
+
+def _eventually(holds: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if holds():
+                return
+        time.sleep(0.5)
+    raise AssertionError("it did not come about in time")
 
 
 def _post(server: dict[str, str], path: str, body: dict[str, Any]) -> Any:

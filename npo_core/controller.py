@@ -166,23 +166,22 @@ def choose(candidates: Sequence[Candidate], settings: AutoNPOSection) -> Verdict
     if refused is not None:
         return refused
     name = settings.variance
-    measured = [c for c in candidates if c.pool >= settings.min_pool and c.quality is not None and name in c.signal]
+    measured = [
+        (c, c.quality.value, c.variance[name].value, c.signal[name].value)
+        for c in candidates
+        if c.pool >= settings.min_pool and c.quality is not None and name in c.signal
+    ]
     if not measured:
         return Verdict(DecisionCode.POOL_TOO_SMALL, "the probe asked no prompt of a distance with enough mistakes")
-    able = [c for c in measured if c.quality is not None and c.quality.value >= settings.min_quality]
+    able = [found for found in measured if found[1] >= settings.min_quality]
     if not able:
-        best = max(measured, key=lambda c: (c.quality.value if c.quality else 0.0, -c.lookahead))
-        text = (
-            f"the largest Q̂ of {len(measured)} distances is {best.quality.value if best.quality else 0.0:.2f}, at Δ = "
-            f"{best.lookahead}: under {settings.min_quality:g}"
-        )
-        return Verdict(DecisionCode.LOW_QUALITY, text)
-    best = max(able, key=lambda c: (c.signal[name].value, -c.lookahead))
-    quality = best.quality.value if best.quality else 0.0
+        best, quality, _, _ = max(measured, key=lambda found: (found[1], -found[0].lookahead))
+        text = f"the largest Q̂ of {len(measured)} distances, {quality:.2f} at Δ = {best.lookahead}, is under"
+        return Verdict(DecisionCode.LOW_QUALITY, f"{text} {settings.min_quality:g}")
+    best, quality, variance, signal = max(able, key=lambda found: (found[3], -found[0].lookahead))
     text = (
-        f"Q̂ {quality:.2f} / V̂ {best.variance[name].value:.2f} = Ŝ {best.signal[name].value:.2f} at Δ = {best.lookahead} "
-        f"is the best of {len(able)} distances; today's policy guides the {best.pool} prompts that failed in the last "
-        f"{best.lookahead} steps"
+        f"Q̂ {quality:.2f} / V̂ {variance:.2f} = Ŝ {signal:.2f} at Δ = {best.lookahead} is the best of {len(able)} "
+        f"distances; today's policy guides the {best.pool} prompts that failed in the last {best.lookahead} steps"
     )
     return Verdict(DecisionCode.INTERVENE, text, chosen=best)
 

@@ -271,3 +271,22 @@ def test_identities_depend_on_every_input_and_on_nothing_else() -> None:
     spec = npo_tree().guides[0].spec
     assert lineage.guide_id(spec) == lineage.guide_id(spec.model_copy())
     assert lineage.guide_id(spec) != lineage.guide_id(spec.model_copy(update={"k": 2}))
+
+
+def test_a_guides_identity_is_what_it_was_before_its_younger_fields() -> None:
+    spec = GuideSpec(
+        checkpoint=CheckpointRef(leg_id="scout", step=10, digest="d"),
+        weights_digest="w",
+        start=0,
+        stop=10,
+        prompt_ids=("p1", "p2"),
+        k=8,
+        temperature=1.0,
+        max_new_tokens=14,
+        seed=3,
+        tokenizer_digest="t",
+        verifier="v/1",
+    )
+    assert lineage.guide_id(spec) == "925a2f7521ae", "as version 0.1.0 named it"
+    others = [spec.model_copy(update=changed) for changed in ({"source": "leg"}, {"source": "both"}, {"answers": 2})]
+    assert len({lineage.guide_id(other) for other in (spec, *others)}) == 4

@@ -98,7 +98,13 @@ def test_a_scout_without_patience_is_never_done(tmp_path: Path) -> None:
 def test_a_scout_that_stops_early_stops_at_the_same_step_after_a_kill(
     tmp_path: Path, prefect_server: dict[str, str]
 ) -> None:
-    early = {"future__interventions__0__lookahead": 8, "future__scout__patience": 2, "future__scout__min_gain": 1.0}
+    early = {
+        "future__interventions__0__lookahead": 8,
+        "future__scout__patience": 2,
+        "future__scout__min_gain": 1.0,
+        "future__source": "both",
+        "algorithm__guide_slots": 2,
+    }
     runs = []
     for name, moments in (("undisturbed", ()), ("killed", ("segment-manifest", "segment-step:2", "guide-sampling"))):
         arguments = run_arguments("testbed-npo", tmp_path / name, "demo", **early)

@@ -182,6 +182,21 @@ def test_a_guide_keeps_the_first_correct_answer_that_ended_by_itself(workspace: 
     assert many_tokens > few_tokens > sum(len(row["completion_ids"]) for row in first.values())
 
 
+def test_a_guide_keeps_as_many_correct_answers_as_slots_may_be_taken(workspace: Workspace) -> None:
+    (one, tokens), (three, same_tokens) = made(workspace), made(workspace, answers=3)
+    assert tokens == same_tokens, "all K are sampled, whatever is kept"
+    read = read_guide(three, verify_in(workspace), encode_in(workspace))
+    assert {len(kept) for kept in read.values()} == {1, 2, 3}
+    first = read_guide(one, verify_in(workspace), encode_in(workspace))
+    assert {prompt: kept[0].completion_ids.tolist() for prompt, kept in read.items()} == {
+        prompt: kept[0].completion_ids.tolist() for prompt, kept in first.items()
+    }
+    for prompt, kept in read.items():
+        slots = [row["slot"] for row in three.to_pylist() if row["prompt_id"] == prompt]
+        assert slots == sorted(set(slots))
+        assert len(slots) == len(kept)
+
+
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [

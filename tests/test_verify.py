@@ -254,6 +254,25 @@ def test_a_truncated_guide_answer_and_one_from_outside_the_window(damaged: Damag
     assert "was altered: it is of a guide" in problems
 
 
+def test_a_guide_with_more_answers_than_it_keeps_or_fewer_prompts_than_it_says(damaged: Damaged) -> None:
+    (guide,) = damaged.run.guides()
+    table = damaged.run.table(guide, "trajectories")
+    again = edit(table.slice(0, 1), "slot", lambda v: [v[0] + 1])
+    key = damaged.forge(
+        layout.guide(guide.guide_id),
+        guide,
+        "trajectories",
+        pa.concat_tables([table, again]),
+        solved=guide.solved + 1,
+    )
+    faults = damaged.faults()
+    assert {fault.key for fault in faults} == {key}
+    assert [fault.problem for fault in faults] == [
+        "has 2 answers to a prompt, not 1",
+        f"answers {guide.solved} prompts, not {guide.solved + 1}",
+    ]
+
+
 def test_a_verifier_that_changed_its_mind(damaged: Damaged) -> None:
     class Strict(SyntheticVerifier):
         def verify(self, prompt: Prompt, text: str) -> Verdict:

@@ -42,7 +42,7 @@ def scout(run: str, start: int, lookahead: int) -> CheckpointRef:
 
 @flow(name="guide", flow_run_name="guide {start}-{stop} of {run}")
 def guide(run: str, checkpoint: CheckpointRef, start: int, stop: int) -> GuideManifest:
-    """One verified-correct trajectory of the policy at `checkpoint` for each prompt of steps [start, stop)."""
+    """Verified-correct trajectories of the near future at `checkpoint` for the prompts of steps [start, stop)."""
     return make_guide(run, checkpoint, start, stop)
 
 

@@ -63,7 +63,7 @@ def compare(runs: Sequence[RunArtifacts]) -> dict[str, Any]:
         for name in names
     ]
     target = target_accuracy(curves[names[0]])
-    spent = [_spent(run) for run in runs]
+    spent = [spending(run) for run in runs]
     if target is None:
         return {"rows": rows, "target": None, "steps_to_accuracy": [], "spent": spent}
     reached = [steps_to_accuracy(name, curves[name], target) for name in names]
@@ -89,7 +89,8 @@ def _require_same_questions(runs: Sequence[RunArtifacts]) -> None:
                 )
 
 
-def _spent(run: RunArtifacts) -> dict[str, Any]:
+def spending(run: RunArtifacts) -> dict[str, Any]:
+    """What the whole run took: `run`, `trained_steps` of all legs, and the tokens `policy`, `guide`, `discarded`."""
     steps = sum(s.stop - s.start for done in views.segments(run).values() for s in done)
     return {"run": run.uri, "trained_steps": steps, **views.show(run)["tokens"]}
 

@@ -49,8 +49,8 @@ def summary(result: Mapping[str, Any]) -> str:
     ]
     return (
         f"{markdown(columns, rows)}\n\n"
-        f"{len(seeds)} seeds. Final accuracy: mean of the last three evaluations. Target: {baseline}'s accuracy at "
-        "60 % of its budget, mean of three evaluations, seed by seed. Costs are means over seeds, scouts and guides "
+        f"Seeds: {', '.join(map(str, seeds))}. Final accuracy: mean of the last three evaluations. "
+        f"Target: {baseline}'s accuracy at 60 % of its budget, mean of three evaluations, seed by seed. Costs are means over seeds, scouts and guides "
         "that the policy depended on included; ratios are geometric means of the seeds' ratios. A run that never "
         "reached the target (censored) counts as reached at its end: costs with ≥ are lower bounds, ratios with ≤ "
         "upper ones. In brackets 95 % bootstrap intervals over seeds."
@@ -140,7 +140,8 @@ def endings(result: Mapping[str, Any], ended: Mapping[str, Mapping[int, Ending]]
     ]
     return (
         f"{markdown(columns, rows)}\n\n"
-        f"{len(result['seeds'])} seeds. Final accuracy: mean of the last three evaluations. Entropy: nats a token of "
+        f"Seeds: {', '.join(map(str, result['seeds']))}. Final accuracy: mean of the last three evaluations. "
+        f"Entropy: nats a token of "
         f"the on-policy rollouts, mean of the last {END_STEPS} main-line steps. Trained steps and tokens: means of "
         "whole runs, scouts, guides, probes and abandoned steps included. Interventions: rollbacks, seed by seed. In "
         "brackets 95 % bootstrap intervals over seeds."

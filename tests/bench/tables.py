@@ -50,10 +50,10 @@ def summary(result: Mapping[str, Any]) -> str:
     return (
         f"{markdown(columns, rows)}\n\n"
         f"Seeds: {', '.join(map(str, seeds))}. Final accuracy: mean of the last three evaluations. "
-        f"Target: {baseline}'s accuracy at 60 % of its budget, mean of three evaluations, seed by seed. Costs are means "
-        "over seeds, scouts and guides that the policy depended on included; ratios are geometric means of the seeds' ratios. A "
-        "run that never reached the target (censored) counts as reached at its end: costs with ≥ are lower bounds, ratios with ≤ "
-        "upper ones. In brackets 95 % bootstrap intervals over seeds."
+        f"Target: {baseline}'s accuracy at 60 % of its budget, mean of three evaluations, seed by seed. Costs are "
+        "means over seeds, scouts and guides that the policy depended on included; ratios are geometric means of the "
+        "seeds' ratios. A run that never reached the target (censored) counts as reached at its end: costs with ≥ are "
+        "lower bounds, ratios with ≤ upper ones. In brackets 95 % bootstrap intervals over seeds."
     )
 
 

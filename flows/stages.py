@@ -7,7 +7,15 @@ from collections.abc import Callable
 from prefect import flow
 
 from npo_core.progress import progress_bar
-from schemas.records import MAIN_LINE_KINDS, CheckpointRef, DecisionRecord, EvalManifest, GuideManifest, LegRecord
+from schemas.records import (
+    MAIN_LINE_KINDS,
+    CheckpointRef,
+    DecisionCode,
+    DecisionRecord,
+    EvalManifest,
+    GuideManifest,
+    LegRecord,
+)
 from tasks.decisions import record_schedule
 from tasks.legs import (
     leg_checkpoint,
@@ -18,7 +26,7 @@ from tasks.legs import (
     scout_is_done,
     train_segment,
 )
-from tasks.monitor import announce, monitor_leg, pending_rollback
+from tasks.monitor import announce, confirm, look, pending_rollback
 from tasks.policies import commit_warm_start, evaluate_policy, make_guide
 from tasks.reports import publish_report
 from tasks.workspaces import workspace
@@ -124,7 +132,9 @@ def train(run: str, leg: LegRecord, stop: int, ends_at: Callable[[int], bool] = 
 
 def watch(run: str, leg: LegRecord, step: int) -> DecisionRecord:
     """AutoNPO's decision about a leg at a step; Prefect hears of every warning."""
-    decision = monitor_leg(run, leg, step)
+    decision = look(run, leg, step)
+    if decision.code is DecisionCode.WARNING:
+        decision = confirm(run, decision)
     if decision.code is not None and decision.code.warned:
         announce(run, decision)
     return decision

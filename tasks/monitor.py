@@ -1,16 +1,17 @@
-"""AutoNPO's monitor: reads a checkpoint's state, probes if it warns, and writes the decision down before it is acted
-on."""
+"""AutoNPO's monitor: reads a checkpoint's state, probes if that warns, and writes the decision down before anything
+acts on it."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 
-from schemas.records import CheckpointRef, DecisionCode, DecisionRecord, LegRecord
+from schemas.records import CheckpointRef, DecisionRecord, LegRecord
 from tasks.legs import leg_checkpoint, main_line_checkpoint, main_line_step
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
@@ -26,14 +27,11 @@ EVENT = "npo.lookahead.stagnation"
 """Name of the Prefect event that tells of a warning."""
 
 
-@task(name="monitor", task_run_name="monitor {step}", **OPTIONS)
-def monitor_leg(run: str, leg: LegRecord, step: int) -> DecisionRecord:
-    """Decides whether training rolls back from a leg's checkpoint at `step`.
-
-    A decision that had a warning is committed; asked for again, it is found. A quiet one is what the stored metrics say
-    at any time, and is only returned.
-    """
+def look(run: str, leg: LegRecord, step: int) -> DecisionRecord:
+    """What AutoNPO makes of a leg's checkpoint at `step`: the decision that was committed, or else what the stored
+    metrics say. No task: it changes nothing, and between two segments every millisecond counts."""
     from npo_core.controller import check
+    from npo_core.workspace import now
 
     opened = workspace(run)
     today = leg_checkpoint(run, leg, step)
@@ -41,12 +39,33 @@ def monitor_leg(run: str, leg: LegRecord, step: int) -> DecisionRecord:
     if committed is not None:
         return committed
     replaying = leg.guide_id is not None and step < opened.run.require_guide(leg.guide_id).spec.stop
-    verdict = check(opened.run.monitor_state(today), step, opened.run.decisions(), opened.config.autonpo, replaying)
-    if verdict.code is not DecisionCode.WARNING:
-        return _record(today, verdict)
-    logger.info("warning at step %d: %s", step, verdict.reason)
-    decision = opened.run.commit_decision(_confirm(opened, today, verdict))
-    logger.info("decision at step %d: %s", step, decision.reason)
+    state = opened.run.monitor_state(today)
+    verdict = check(state, step, opened.run.decisions(), opened.config.autonpo, replaying)
+    numbers = dict(verdict.numbers)
+    return DecisionRecord(
+        leg_id=today.leg_id,
+        step=step,
+        intervene=False,
+        reason=verdict.reason,
+        source="autonpo",
+        code=verdict.code,
+        clock=int(numbers.pop("clock")),
+        numbers=numbers,
+        created_at=now(),
+    )
+
+
+@task(name="confirm warning", task_run_name="confirm {warning.step}", **OPTIONS)
+def confirm(run: str, warning: DecisionRecord) -> DecisionRecord:
+    """Probes the policy that gave the warning, decides, and commits the decision before anything acts on it. Found if
+    it is committed."""
+    opened = workspace(run)
+    committed = opened.run.decision(warning.leg_id, warning.step)
+    if committed is not None:
+        return committed
+    logger.info("warning at step %d: %s", warning.step, warning.reason)
+    decision = opened.run.commit_decision(_decide(opened, warning))
+    logger.info("decision at step %d: %s", decision.step, decision.reason)
     return decision
 
 
@@ -96,7 +115,7 @@ def pending_rollback(run: str) -> Rollback | None:
     return Rollback(decision.guide, decision.parent, decision.step, prompts)
 
 
-def _confirm(opened: Workspace, today: CheckpointRef, warning: Verdict) -> DecisionRecord:
+def _decide(opened: Workspace, warning: DecisionRecord) -> DecisionRecord:
     """Probes the policy, chooses the distance, and says what is to be done."""
     from npo_core import controller
     from npo_core.artifacts import main_line_checkpoints
@@ -104,74 +123,58 @@ def _confirm(opened: Workspace, today: CheckpointRef, warning: Verdict) -> Decis
     from npo_core.monitor import recent_mistakes
     from npo_core.probe import plan_probe
 
-    step, settings, seed = today.step, opened.config.autonpo, opened.config.run.seed
-    state = opened.run.monitor_state(today)
+    step, settings, seed = warning.step, opened.config.autonpo, opened.config.run.seed
+    manifest = opened.run.require_checkpoint(warning.leg_id, step)
+    today, state = manifest.ref, opened.run.monitor_state(manifest.ref)
     candidates = controller.distances(state, step, main_line_checkpoints(opened.run), settings)
     refused = controller.confirmable(candidates, settings)
     if refused is not None:
-        return _record(today, refused, warning, candidates)
+        return _decided(warning, refused, candidates=candidates)
     prompts, bands = plan_probe(state.pool, step, [c.lookahead for c in candidates], settings.probe_prompts, seed)
-    context = opened.context(today.leg_id, opened.run.require_checkpoint(today.leg_id, today.step).weights_digest)
-    answers = ask(context, opened.holding(today, optimizer=False).generator, step, prompts, settings.probe_samples)
-    temperature = opened.config.rollout.temperature
+    context, samples = opened.context(warning.leg_id, manifest.weights_digest), settings.probe_samples
+    answers = ask(context, opened.holding(today, optimizer=False).generator, step, prompts, samples)
     measured = []
     for n, candidate in enumerate(candidates, start=1):
         past = opened.holding(candidate.parent, optimizer=False).generator
-        past_logps = past.score(answers.prompt_ids, answers.completion_ids, temperature)
+        past_logps = past.score(answers.prompt_ids, answers.completion_ids, opened.config.rollout.temperature)
         measured.append(measure(candidate, answers, past_logps, bands, n, settings, seed))
-    verdict, tokens = controller.choose(measured, settings), answers.tokens
+    verdict = controller.choose(measured, settings)
+    probed = {"variance": settings.variance, "tokens_probe": answers.tokens}
     chosen = verdict.chosen
     if chosen is None:
-        return _record(today, verdict, warning, measured, opened.config.autonpo.variance, tokens)
+        return _decided(warning, verdict, candidates=measured, **probed)
     n = measured.index(chosen) + 1
+    past = opened.holding(chosen.parent, optimizer=False).generator
     asked = [prompts[row] for row in own_rows(bands, n)]
-    again = ask(
-        context,
-        opened.holding(chosen.parent, optimizer=False).generator,
-        step,
-        asked,
-        settings.probe_samples,
-        first_slot=settings.probe_samples,
-    )
+    again = ask(context, past, step, asked, samples, first_slot=samples)
     measured[n - 1] = with_baseline(chosen, again, bands, n, seed)
-    record = _record(today, verdict, warning, measured, settings.variance, tokens + again.tokens)
-    return record.model_copy(
-        update={
-            "intervene": True,
-            "start": chosen.parent.step,
-            "lookahead": chosen.lookahead,
-            "window": chosen.lookahead,
-            "parent": chosen.parent,
-            "guide": today,
-            "mistakes": recent_mistakes(state.pool, step, chosen.lookahead),
-        }
+    return _decided(
+        warning,
+        verdict,
+        candidates=measured,
+        **{**probed, "tokens_probe": answers.tokens + again.tokens},
+        intervene=True,
+        start=chosen.parent.step,
+        lookahead=chosen.lookahead,
+        window=chosen.lookahead,
+        parent=chosen.parent,
+        guide=today,
+        mistakes=recent_mistakes(state.pool, step, chosen.lookahead),
     )
 
 
-def _record(
-    today: CheckpointRef,
-    verdict: Verdict,
-    warning: Verdict | None = None,
-    candidates: list[Candidate] | tuple[()] = (),
-    variance: str | None = None,
-    tokens: int = 0,
+def _decided(
+    warning: DecisionRecord, verdict: Verdict, candidates: Sequence[Candidate], **fields: Any
 ) -> DecisionRecord:
-    """A decision not to intervene."""
+    """The decision that a warning led to."""
     from npo_core.workspace import now
 
-    numbers = dict((warning or verdict).numbers)
-    reason = verdict.reason if warning is None else f"{warning.reason}; {verdict.reason}"
-    return DecisionRecord(
-        leg_id=today.leg_id,
-        step=today.step,
-        intervene=False,
-        reason=reason,
-        source="autonpo",
-        code=verdict.code,
-        clock=int(numbers.pop("clock")),
-        numbers=numbers,
-        candidates=tuple(candidates),
-        variance=variance,
-        tokens_probe=tokens,
-        created_at=now(),
+    return warning.model_copy(
+        update={
+            "code": verdict.code,
+            "reason": f"{warning.reason}; {verdict.reason}",
+            "candidates": tuple(candidates),
+            "created_at": now(),
+            **fields,
+        }
     )

@@ -92,12 +92,14 @@ fast as the main line. The source leg needs a Δ of more than an epoch, 64 steps
 
 LONG = ("run.total_steps=480", "run.segment_steps=10", "evaluation.every=10")
 """A regime that is long enough for GRPO to reach its plateau."""
+K = "future.k=32"
+"""As many answers a prompt as AutoNPO's guides give: what is still failed at a plateau is seldom solved."""
 EARLY, LATE_STAGE = "{start: 0, lookahead: 160, window: 120}", "{start: 280, lookahead: 80}"
 
 LATE = (
     GRPO.under(*LONG),
-    Arm("NPO early", "npo", (*LONG, f"future.interventions=[{EARLY}]")),
-    Arm("NPO early + late", "npo", (*LONG, f"future.interventions=[{EARLY}, {LATE_STAGE}]")),
+    Arm("NPO early", "npo", (*LONG, K, f"future.interventions=[{EARLY}]")),
+    Arm("NPO early + late", "npo", (*LONG, K, f"future.interventions=[{EARLY}, {LATE_STAGE}]")),
     Arm("AutoNPO", "autonpo", LONG),
 )
 LONGER = "GRPO, longer"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
-from flows.cli_output import Json, emit
+from flows.cli_output import Json, cell, emit, table
 from flows.local_server import prefect_api
 from npo_core.interfaces import ConfigurationError
 from schemas.records import CheckpointRef, DecisionRecord, EvalManifest, GuideManifest
@@ -58,6 +60,26 @@ def _in_words(made: str | CheckpointRef | GuideManifest | EvalManifest | Decisio
         case EvalManifest():
             return f"accuracy {made.accuracy:.3f} of leg {made.checkpoint.leg_id} at step {made.checkpoint.step}"
     return made
+
+
+def _signal_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Q, V and S by step and distance; the largest S of a step and estimator is starred."""
+    names = ("kl_token", "kl_sequence", "chi2")
+    best = {
+        (row["step"], name): max(r[f"signal_{name}"] or 0.0 for r in rows if r["step"] == row["step"])
+        for row in rows
+        for name in names
+    }
+    lines = []
+    for row in rows:
+        line = [row["step"], row["lookahead"], row["failed"], row["quality"], row["baseline"]]
+        for name in names:
+            value = row[f"signal_{name}"]
+            star = "*" if value is not None and value == best[row["step"], name] else ""
+            line += [row[name], cell(value) + star]
+        lines.append(line)
+    heads = (f"{symbol} by {name}" for name in names for symbol in ("V", "S"))
+    return table(("t", "Δ", "failed", "Q", "baseline", *heads), lines, "Signal (*: the largest S of a step)")
 
 
 @app.command("warm-start")
@@ -187,6 +209,39 @@ def evaluate(run: Run, step: Step = None, json: Json = False) -> None:
       npo stage evaluate runs/demo --step 80
     """
     stage("evaluate", run, json, step=step)
+
+
+@app.command()
+def signal(
+    run: Run,
+    step: Annotated[list[int] | None, typer.Option(min=0, help="A step t. Repeatable; start and middle.")] = None,
+    lookahead: Annotated[
+        list[int] | None, typer.Option(min=1, help="A distance Δ. Repeatable; by default eight.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Training prompts drawn at each step.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Answers a prompt and policy.")] = 8,
+    json: Json = False,
+) -> None:
+    """Measures Q(Δ), V(Δ) and S(Δ) = Q/V on a run's own checkpoints: how far ahead its best guide lies.
+
+    Q is the share of the prompts that π(t) fails and π(t+Δ) solves, `baseline` that which π(t) solves itself when it is
+    asked again. The report draws the curves.
+
+    Examples:
+
+      npo stage signal runs/testbed-grpo
+
+      npo stage signal runs/testbed-grpo --step 0 --step 80 --lookahead 20 --lookahead 40 --samples 32
+    """
+    from npo_core.artifacts import open_run
+
+    opened = open_run(run)
+    with prefect_api():
+        from flows import stages
+
+        made = stages.signal(opened.uri, tuple(step or ()), tuple(lookahead or ()), prompts, samples)
+    rows = opened.table(made, "signal").to_pylist()
+    emit(json, {"stage": "signal", "artifacts": [{**made.model_dump(mode="json"), "rows": rows}]}, _signal_table(rows))
 
 
 @app.command()

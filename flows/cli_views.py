@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from flows.cli_output import Json, emit
+from flows.cli_output import Json, cell, emit, table, visible
 from npo_core.interfaces import ConfigurationError
 
 if TYPE_CHECKING:
@@ -50,8 +49,8 @@ def ls(
     rows = views.ls(opened)
     columns = ("run_id", "method", "head_step", "accuracy")
     cells = ([*(row[column] for column in columns), row["created_at"][:16].replace("T", " ")] for row in rows)
-    table = _table((*columns, "created (UTC)"), cells, f"Runs in {opened.root}")
-    emit(json, {"runs": rows}, table if rows else Text(f"no runs in {opened.root}"))
+    shown = table((*columns, "created (UTC)"), cells, f"Runs in {opened.root}")
+    emit(json, {"runs": rows}, shown if rows else Text(f"no runs in {opened.root}"))
 
 
 def show(run: Run, json: Json = False) -> None:
@@ -122,8 +121,8 @@ def metrics(run: Run, json: Json = False) -> None:
     from npo_core import views
 
     rows = views.metrics(_open(run)).fill_nan(None)
-    table = _table(METRICS_SHOWN, rows.select(METRICS_SHOWN).iter_rows(), "Main line")
-    emit(json, {"rows": rows.to_dicts()}, table if rows.height else "no committed step yet")
+    shown = table(METRICS_SHOWN, rows.select(METRICS_SHOWN).iter_rows(), "Main line")
+    emit(json, {"rows": rows.to_dicts()}, shown if rows.height else "no committed step yet")
 
 
 def compare(
@@ -169,8 +168,8 @@ def explain(
     now = overridden(then, overrides or [], "autonpo")
     rows = explain(opened.run, then.autonpo, now.autonpo)
     cells = ([p.steps, p.clock, p.code, p.reason] for p in periods(rows))
-    table = _table(("step", "trained steps", "decision", "why"), cells, f"AutoNPO on {opened.run.uri}")
-    emit(json, {"decisions": rows}, table if rows else Text("no committed segment yet"))
+    shown = table(("step", "trained steps", "decision", "why"), cells, f"AutoNPO on {opened.run.uri}")
+    emit(json, {"decisions": rows}, shown if rows else Text("no committed segment yet"))
 
 
 def verify(run: Run, json: Json = False) -> None:
@@ -187,8 +186,8 @@ def verify(run: Run, json: Json = False) -> None:
 
     opened = _workspace(_open(run))
     faults = [asdict(f) for f in verify_run(opened.run, load_verifier(opened.config), opened.decode)]
-    table = _table(("key", "problem", "remedy"), (fault.values() for fault in faults), f"{len(faults)} faults")
-    emit(json, {"faults": faults}, table if faults else Text(f"{opened.run.uri}: no faults"))
+    shown = table(("key", "problem", "remedy"), (fault.values() for fault in faults), f"{len(faults)} faults")
+    emit(json, {"faults": faults}, shown if faults else Text(f"{opened.run.uri}: no faults"))
     if faults:
         raise typer.Exit(1)
 
@@ -261,28 +260,6 @@ def _workspace(run: RunArtifacts) -> Workspace:
 # ---- for people
 
 
-def _table(columns: Sequence[str], rows: Iterable[Iterable[Any]], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column == "run")
-    for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row))
-    return table
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) else visible(str(value))
-
-
-def visible(text: str) -> str:
-    """Text with its control characters written out: what a model says must not steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
 def _tree(shown: dict[str, Any]) -> Tree:
     def grow(node: Tree, parent: str | None) -> Tree:
         for leg in shown["legs"]:
@@ -300,8 +277,8 @@ def _trajectory(row: dict[str, Any]) -> Text:
         f"leg {row['leg_id']} step {row['step']} prompt {row['prompt_id']} ({row['task']}) slot {row['slot']}",
         row["source"] + (", displaced" if row["displaced"] else ""),
         f"reward {row['reward']:.2f}",
-        f"advantage {_cell(row['advantage'])}",
-        f"group accuracy {_cell(row['group_accuracy'])}",
+        f"advantage {cell(row['advantage'])}",
+        f"group accuracy {cell(row['group_accuracy'])}",
     ]
     text = Text(" · ".join(marks), style="dim")
     text.append(f"\n{visible(row['prompt'])}\n", style="default not dim")
@@ -323,10 +300,10 @@ def _comparison(result: dict[str, Any], axes: Iterable[str]) -> Iterable[Any]:
         rows = [[cost, *(scores[name] for name in names)] for cost, scores in at.items()]
         # The first, the last and some between: `--json` has all.
         rows = rows[: -1 : max(1, len(rows) // ROWS_SHOWN)] + rows[-1:]
-        yield _table((axis, *labels), rows, f"Held-out accuracy at equal {axis.replace('_', ' ')}")
+        yield table((axis, *labels), rows, f"Held-out accuracy at equal {axis.replace('_', ' ')}")
     spent = [[label, *list(row.values())[1:]] for label, row in zip(labels, result["spent"], strict=True)]
     heads = ("run", "trained steps", "main line's tokens", "guides'", "scouts' and discarded")
-    yield _table(heads, spent, "Spent by the whole run")
+    yield table(heads, spent, "Spent by the whole run")
     if result["target"] is None:
         yield Text("the first run has too few evaluations for a target accuracy")
         return
@@ -336,4 +313,4 @@ def _comparison(result: dict[str, Any], axes: Iterable[str]) -> Iterable[Any]:
     ]
     columns = ("run", *(column for axis in axes for column in (axis, "speed-up")))
     title = f"Cost of reaching {result['target']:.3f}, the first run's accuracy at 60 % of its steps (–: never)"
-    yield _table(columns, rows, title)
+    yield table(columns, rows, title)

@@ -15,6 +15,7 @@ from schemas.records import (
     EvalManifest,
     GuideManifest,
     LegRecord,
+    SignalManifest,
 )
 from tasks.decisions import record_schedule
 from tasks.legs import (
@@ -29,6 +30,7 @@ from tasks.legs import (
 from tasks.monitor import announce, confirm, look, pending_rollback
 from tasks.policies import commit_warm_start, evaluate_policy, make_guide
 from tasks.reports import publish_report
+from tasks.signals import measure_signal
 from tasks.workspaces import workspace
 
 
@@ -102,6 +104,14 @@ def intervene(run: str) -> CheckpointRef | None:
 def evaluate(run: str, step: int | None = None) -> EvalManifest:
     """Evaluates the main line's policy at `step`, by default its tip."""
     return evaluate_policy(run, main_line_checkpoint(run, main_line_step(run)[0] if step is None else step))
+
+
+@flow(name="signal", flow_run_name="signal of {run}")
+def signal(
+    run: str, steps: tuple[int, ...] = (), lookaheads: tuple[int, ...] = (), prompts: int = 128, samples: int = 8
+) -> SignalManifest:
+    """Measures Q(Δ), V(Δ) and S(Δ) on the main line's checkpoints, by default at its start and in its middle."""
+    return measure_signal(run, steps, lookaheads, prompts, samples)
 
 
 @flow(name="report", flow_run_name="report of {run}")

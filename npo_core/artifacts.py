@@ -22,6 +22,8 @@ from schemas.records import (
     GuideManifest,
     GuideSpec,
     RunRecord,
+    SignalManifest,
+    SignalSpec,
 )
 
 if TYPE_CHECKING:  # it loads torch, which readers of a store do not need
@@ -206,6 +208,22 @@ class RunArtifacts(Checkpoints, Legs):
             **origin(environment),
         )
         fault_point("evaluation-data")
+        return self.store.commit(folder, manifest)
+
+    def signal(self, signal_id: str) -> SignalManifest | None:
+        """One study of Q, V and S."""
+        return self.store.read(layout.manifest(layout.signal(signal_id)), SignalManifest)
+
+    def signals(self) -> list[SignalManifest]:
+        """All studies of Q, V and S, by creation."""
+        return self.manifests(layout.SIGNALS, SignalManifest)
+
+    def commit_signal(self, spec: SignalSpec, table: pa.Table, tokens: int, environment: Environment) -> SignalManifest:
+        """Commits a study, rows by `schemas.tables.SIGNAL`."""
+        signal_id = lineage.signal_id(spec)
+        folder = layout.signal(signal_id)
+        files = (self.put_table(folder, "signal", table),)
+        manifest = SignalManifest(files=files, signal_id=signal_id, spec=spec, tokens=tokens, **origin(environment))
         return self.store.commit(folder, manifest)
 
     def decision(self, leg_id: str, step: int) -> DecisionRecord | None:

@@ -18,6 +18,7 @@ from schemas.records import (
     LegRecord,
     RunRecord,
     SegmentManifest,
+    SignalSpec,
 )
 
 LegStatus = Literal["head", "main-line", "cut", "abandoned", "scout"]
@@ -43,6 +44,11 @@ def eval_id(checkpoint: CheckpointRef, samples_per_prompt: int, run: RunRecord) 
     """Identity of an evaluation. Prompts, verifier, seed and sampling are in the run's recipe."""
     origin = [checkpoint.leg_id, checkpoint.step, checkpoint.digest]
     return short(digest_json([run.recipe_digest, origin, samples_per_prompt]))
+
+
+def signal_id(spec: SignalSpec) -> str:
+    """Identity of a study of Q, V and S, by its inputs."""
+    return short(digest_json(spec.model_dump(mode="json")))
 
 
 @dataclass(frozen=True)

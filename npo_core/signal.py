@@ -32,8 +32,10 @@ class Answers:
     tokens_PG: np.ndarray
     """Completion tokens."""
     kl_PG: np.ndarray
-    """float64, nats: sum over an answer's tokens of k3 = exp(d) − 1 − d, d = log π_p − log π_g. Never negative, and
-    unbiased for KL(π_g ‖ π_p) of the token's distribution, since the token was drawn from π_g."""
+    """float64, nats: sum over an answer's tokens of −d, d = log π_p − log π_g. Unbiased for KL(π_g ‖ π_p), since the
+    tokens were drawn from π_g; a mean below zero is noise and is read as zero. Not k3 = exp(d) − 1 − d, unbiased and
+    never negative too: once π_g is sharp, a few rare tokens with a large exp(d) decide its mean, and V̂ jumps between
+    neighbouring distances."""
     log_weight_PG: np.ndarray
     """float64: sum of d over an answer's tokens, the logarithm of its importance weight π_p/π_g."""
 
@@ -88,7 +90,7 @@ def compare_policies(
         if not np.isfinite(difference_T).all():
             raise FloatingPointError(f"row {i} of the probe has log-probabilities that are not finite")
         d_T = difference_T.clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        tokens[i], kl[i], log_weight[i] = len(d_T), (np.expm1(d_T) - d_T).sum(), d_T.sum()
+        tokens[i], kl[i], log_weight[i] = len(d_T), -d_T.sum(), d_T.sum()
     return Answers(correct_PG, tokens.reshape(shape), kl.reshape(shape), log_weight.reshape(shape))
 
 
@@ -110,8 +112,8 @@ def estimate(answers: Answers, bands: Sequence[Band], chosen: int, kappa: float,
     # Relative to the largest weight: exp never overflows, and the ratio does not change.
     weights_PG = np.exp(answers.log_weight_PG - answers.log_weight_PG.max(initial=-np.inf))
     per_prompt = answers.correct_PG.shape[1]
-    kl_per_token_D = kl_P[draws_DP].sum(axis=1) / tokens_P[draws_DP].sum(axis=1)
-    kl_per_answer_D = kl_P[draws_DP].mean(axis=1) / per_prompt
+    kl_per_token_D = np.maximum(kl_P[draws_DP].sum(axis=1), 0) / tokens_P[draws_DP].sum(axis=1)
+    kl_per_answer_D = np.maximum(kl_P[draws_DP].mean(axis=1), 0) / per_prompt
     weight_D = weights_PG.mean(axis=1)[draws_DP].mean(axis=1)
     square_D = (weights_PG**2).mean(axis=1)[draws_DP].mean(axis=1)
     # A resample without any weight worth the name has one answer's, at least.

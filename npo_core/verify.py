@@ -24,6 +24,7 @@ from schemas.records import (
     Head,
     LegRecord,
     SegmentManifest,
+    SignalManifest,
 )
 from schemas.tables import TRAJECTORY_KEY
 
@@ -88,6 +89,8 @@ class _Verification:
         self._check_line()
         for name in names(layout.EVALS):
             self._check_evaluation(name)
+        for name in names(layout.SIGNALS):
+            self._check_signal(name)
         for name in names(layout.DECISIONS):
             key = f"{layout.DECISIONS}/{name}"
             decision = self.findings.read(key, DecisionRecord)
@@ -263,6 +266,23 @@ class _Verification:
             same = sum(score.correct for score in manifest.tasks.values()) == correct
             same = same and abs(manifest.accuracy - correct / table.num_rows) < 1e-12
             self.expect(same, key, "its scores are not those of its samples", redo(folder))
+
+    def _check_signal(self, name: str) -> None:
+        folder = layout.signal(name)
+        self.on_artifact(folder)
+        manifest = self.findings.manifest(folder, SignalManifest)
+        if manifest is None:
+            return
+        key, wanted = layout.manifest(folder), lineage.signal_id(manifest.spec)
+        self.expect(manifest.signal_id == name == wanted, key, f"was altered: it is study {wanted}", redo(folder))
+        for ref in dict.fromkeys(ref for point in manifest.spec.points for ref in point):
+            self._expect_checkpoint(key, "a policy of it", ref)
+        table = self.findings.table(manifest, folder, "signal")
+        if table is not None:
+            points = [(now.step, ahead.step - now.step) for now, ahead in manifest.spec.points]
+            rows = list(zip(table["step"].to_pylist(), table["lookahead"].to_pylist(), strict=True))
+            problem = "has not one row for each of its points"
+            self.expect(sorted(rows) == sorted(points), manifest.file("signal").key, problem, redo(folder))
 
     def _prompt(self, prompt_id: str) -> Prompt | None:
         """A prompt of the run; None where the prompts are damaged, or one of that name is none of them."""

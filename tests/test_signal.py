@@ -69,6 +69,13 @@ def test_the_divergence_of_two_distributions_comes_out_of_samples_of_the_first()
     assert found.kl_per_token.low < kl < found.kl_per_token.high
 
 
+def test_a_divergence_that_comes_out_negative_by_chance_is_none() -> None:
+    guide_logps, past_logps = rows([[-2.0]] * 12), rows([[-1.0]] * 12)
+    found = estimate(compare_policies(np.ones((6, 2), bool), guide_logps, past_logps), WHOLE, 1, 1.0, seed=0)
+    assert found.kl_per_token.value == 0.0
+    assert (found.variance["kl_token"].value, found.variance["kl_sequence"].value) == (1.0, 1.0)
+
+
 def test_bands_count_by_their_sizes_and_only_those_within_the_distance() -> None:
     correct_PG = np.array([[True], [True], [False], [False], [False], [True]])
     logps = rows([[0.0]] * 6)

@@ -64,28 +64,26 @@ ABLATION = (
 )
 """One factor changed at a time; NPO itself has correction none, gate 0.6 and one slot."""
 
-LEG, BOTH = "future.source=leg", "future.source=both"
 NARROW, FEW = "future.scout.group_size=4", "future.scout.prompts_per_step=4"
-STOPS = ("future.scout.patience=20", "future.scout.min_gain=0.02")
-NEAR, NEARER = "future.interventions.0.lookahead=80", "future.interventions.0.lookahead=40"
+FAST, STOPS = "future.scout.learning_rate=6e-4", ("future.scout.patience=20", "future.scout.min_gain=0.02")
+TERSE = "future.k=2"
+LEAN = (NARROW, TERSE, "future.interventions=[{start: 0, lookahead: 80, window: 60}]")
+"""Half the rollouts, half the distance, half the window and a quarter of the guide's answers."""
 
 FUTURES = (
     GRPO,
     NPO,
-    Arm("source leg", "npo", (LEG,)),
-    Arm("source both", "npo", (BOTH,)),
+    Arm("source leg", "npo", ("future.source=leg",)),
+    Arm("source both", "npo", ("future.source=both",)),
     Arm("scout of 4 rollouts a prompt", "npo", (NARROW,)),
     Arm("scout of 4 prompts a step", "npo", (FEW,)),
-    Arm("scout at half the learning rate", "npo", ("future.scout.learning_rate=1.5e-4",)),
-    Arm("scout at twice the learning rate", "npo", ("future.scout.learning_rate=6e-4",)),
+    Arm("scout at twice the learning rate", "npo", (FAST,)),
     Arm("scout that stops", "npo", STOPS),
-    Arm("Δ = 80", "npo", (NEAR,)),
-    Arm("Δ = 40", "npo", (NEARER,)),
-    Arm("source leg, 4 rollouts", "npo", (LEG, NARROW)),
-    Arm("source leg, scout that stops", "npo", (LEG, *STOPS)),
-    Arm("source both, Δ = 80", "npo", (BOTH, NEAR)),
-    Arm("source both, 4 rollouts", "npo", (BOTH, NARROW)),
-    Arm("source both, 4 rollouts, Δ = 80", "npo", (BOTH, NARROW, NEAR)),
+    Arm("Δ = 80", "npo", ("future.interventions.0.lookahead=80",)),
+    Arm("K = 2", "npo", (TERSE,)),
+    Arm("lean", "npo", LEAN),
+    Arm("lean, 4 prompts a step", "npo", (*LEAN, FEW)),
+    Arm("lean, twice the learning rate", "npo", (*LEAN, FAST)),
 )
 """Ways to make the future cheaper; NPO itself samples its guide from the checkpoint, and its scout is as wide and as
 fast as the main line. The source leg needs a Δ of more than an epoch, 64 steps: it has only what came later."""

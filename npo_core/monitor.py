@@ -46,7 +46,8 @@ def observe(
     )
     kept = [mistake for mistake in state.pool if mistake.step > step - settings.lookback]
     span = max(settings.patience + 1, settings.trend_steps)
-    return MonitorState(
+    # Made of valid parts: validating thousands of mistakes again would take longer than all else here.
+    return MonitorState.model_construct(
         observations=(*state.observations, seen)[-span:],
         pool=tuple((*kept, *failed)[-settings.pool_capacity :]),
     )

@@ -48,8 +48,8 @@ TRIGGERS = (
     Trigger("trend of 8 steps, z 0", ("autonpo.trend_steps=8", "autonpo.trend_z=0")),
     *(
         Trigger(f"trend of {steps} steps, z {z}", (f"autonpo.trend_steps={steps}", f"autonpo.trend_z={z}"))
-        for steps in (40, 80, 120)
-        for z in ("0", "0.5", "1")
+        for steps in (40, 60, 80, 120)
+        for z in ("0", "0.25", "0.5")
     ),
 )
 

@@ -12,7 +12,7 @@ from npo_core.faults import fault_point
 from npo_core.interfaces import Generator, StreamKey
 from npo_core.segment import LegContext
 from npo_core.signal import Band, compare_policies, coverage, estimate
-from schemas.config import AutoNPOSection
+from schemas.future import AutoNPOSection
 from schemas.records import Candidate
 
 

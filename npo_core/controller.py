@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from npo_core.monitor import recent_mistakes
-from schemas.config import AutoNPOSection
+from schemas.future import AutoNPOSection
 from schemas.records import Candidate, CheckpointRef, DecisionCode, DecisionRecord, MonitorState
 
 

@@ -14,7 +14,7 @@ from npo_core.artifacts import RunArtifacts
 from npo_core.controller import Verdict, check, choose
 from npo_core.monitor import observe
 from schemas import tables
-from schemas.config import AutoNPOSection
+from schemas.future import AutoNPOSection
 from schemas.records import Candidate, DecisionCode, DecisionRecord, LegRecord, MonitorState
 
 UNKNOWN = "what follows is unknown"

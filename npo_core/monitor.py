@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from schemas.config import AutoNPOSection
+from schemas.future import AutoNPOSection
 from schemas.records import Mistake, MonitorState, Observation
 
 MONITOR_FILE = "monitor.json"

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 from npo_core.config_file import load_config
 from npo_core.interfaces import ConfigurationError
-from schemas.config import NOT_RECIPE, Config, Intervention
+from schemas.config import NOT_RECIPE, Config
+from schemas.future import Intervention
 from tests.command import ROOT
 
 CONFIGS = sorted((ROOT / "deploy" / "configs").glob("*.yaml"))

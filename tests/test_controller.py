@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from npo_core.controller import check, choose, confirmable, distances, trained_clock, trend
 from npo_core.monitor import observe
-from schemas.config import AutoNPOSection
+from schemas.future import AutoNPOSection
 from schemas.records import Candidate, CheckpointRef, DecisionCode, DecisionRecord, Estimate, MonitorState
 
 QUICK = AutoNPOSection(

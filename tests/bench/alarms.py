@@ -18,7 +18,7 @@ import polars as pl
 from npo_core.artifacts import RunArtifacts
 from npo_core.config_file import load_config
 from npo_core.explain import moments
-from schemas.config import AutoNPOSection
+from schemas.future import AutoNPOSection
 from tests.bench.arms import CONFIGS
 from tests.bench.output import markdown
 

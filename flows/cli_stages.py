@@ -12,7 +12,8 @@ from rich.table import Table
 from flows.cli_output import Json, cell, emit, table
 from flows.local_server import prefect_api
 from npo_core.interfaces import ConfigurationError
-from schemas.records import CheckpointRef, DecisionRecord, EvalManifest, GuideManifest
+from schemas.decisions import DecisionRecord
+from schemas.records import CheckpointRef, EvalManifest, GuideManifest
 
 app = typer.Typer(
     help="Runs one stage of an existing run; committed work is found, not done again.", no_args_is_help=True

@@ -7,16 +7,8 @@ from collections.abc import Callable
 from prefect import flow
 
 from npo_core.progress import progress_bar
-from schemas.records import (
-    MAIN_LINE_KINDS,
-    CheckpointRef,
-    DecisionCode,
-    DecisionRecord,
-    EvalManifest,
-    GuideManifest,
-    LegRecord,
-    SignalManifest,
-)
+from schemas.decisions import DecisionCode, DecisionRecord
+from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord, SignalManifest
 from tasks.decisions import record_schedule
 from tasks.legs import (
     leg_checkpoint,

@@ -14,17 +14,9 @@ from npo_core.legs import Legs
 from npo_core.run_files import Environment, origin
 from npo_core.store import StoreError, open_store
 from schemas import layout
+from schemas.decisions import DecisionRecord
 from schemas.digest import digest_json
-from schemas.records import (
-    CheckpointRef,
-    DecisionRecord,
-    EvalManifest,
-    GuideManifest,
-    GuideSpec,
-    RunRecord,
-    SignalManifest,
-    SignalSpec,
-)
+from schemas.records import CheckpointRef, EvalManifest, GuideManifest, GuideSpec, RunRecord, SignalManifest, SignalSpec
 
 if TYPE_CHECKING:  # it loads torch, which readers of a store do not need
     from npo_core.evaluate import Evaluation

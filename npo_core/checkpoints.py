@@ -16,8 +16,9 @@ from npo_core.monitor import MONITOR_FILE
 from npo_core.run_files import Environment, RunFiles, origin
 from npo_core.store import StoreError
 from schemas import layout
+from schemas.decisions import MonitorState
 from schemas.digest import digest_json
-from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest, MonitorState
+from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest
 
 logger = logging.getLogger("npo")
 

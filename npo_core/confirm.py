@@ -12,8 +12,8 @@ from npo_core.faults import fault_point
 from npo_core.interfaces import Generator, StreamKey
 from npo_core.segment import LegContext
 from npo_core.signal import Band, compare_policies, coverage, estimate
+from schemas.decisions import Candidate
 from schemas.future import AutoNPOSection
-from schemas.records import Candidate
 
 
 @dataclass(frozen=True)

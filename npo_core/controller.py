@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from npo_core.monitor import recent_mistakes
+from schemas.decisions import Candidate, DecisionCode, DecisionRecord, MonitorState
 from schemas.future import AutoNPOSection
-from schemas.records import Candidate, CheckpointRef, DecisionCode, DecisionRecord, MonitorState
+from schemas.records import CheckpointRef
 
 
 @dataclass(frozen=True)

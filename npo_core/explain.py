@@ -14,8 +14,9 @@ from npo_core.artifacts import RunArtifacts
 from npo_core.controller import Verdict, check, choose
 from npo_core.monitor import observe
 from schemas import tables
+from schemas.decisions import Candidate, DecisionCode, DecisionRecord, MonitorState
 from schemas.future import AutoNPOSection
-from schemas.records import Candidate, DecisionCode, DecisionRecord, LegRecord, MonitorState
+from schemas.records import LegRecord
 
 UNKNOWN = "what follows is unknown"
 

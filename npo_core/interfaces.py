@@ -93,7 +93,7 @@ class Rollouts:
 class LocalCheckpoint:
     """A checkpoint in a local directory: `weights/` is a transformers model directory (safetensors, configuration,
     tokenizer), `optimizer/optimizer.safetensors` and `state.json` are absent where only a policy is given;
-    `monitor.json` (`schemas.records.MonitorState`) is the run's, no engine reads it."""
+    `monitor.json` (`schemas.decisions.MonitorState`) is the run's, no engine reads it."""
 
     path: Path
     digest: str

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from npo_core.interfaces import NearFutureError
+from schemas.decisions import DecisionRecord
 from schemas.digest import digest_json, short
 from schemas.records import (
     CheckpointRef,
-    DecisionRecord,
     GuideManifest,
     GuideSpec,
     Head,

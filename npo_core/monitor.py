@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from schemas.decisions import Mistake, MonitorState, Observation
 from schemas.future import AutoNPOSection
-from schemas.records import Mistake, MonitorState, Observation
 
 MONITOR_FILE = "monitor.json"
 """Where a checkpoint's directory holds the state."""

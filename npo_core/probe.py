@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from npo_core.monitor import recent_mistakes
 from npo_core.signal import Band
 from npo_core.streams import philox
-from schemas.records import Mistake
+from schemas.decisions import Mistake
 
 
 def plan_probe(

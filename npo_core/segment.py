@@ -29,7 +29,7 @@ from npo_core.memory import peak_rss_bytes
 from npo_core.monitor import observe
 from schemas import tables
 from schemas.config import Config
-from schemas.records import MonitorState
+from schemas.decisions import MonitorState
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from npo_core.losses import MAX_LOG_RATIO
 from npo_core.streams import philox
-from schemas.records import Estimate
+from schemas.decisions import Estimate
 
 DRAWS = 2000
 """Resamples of a bootstrap interval."""
@@ -52,7 +52,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Signal:
-    """What a probe says of one distance, with 95 % bootstrap intervals. See `schemas.records.Candidate`."""
+    """What a probe says of one distance, with 95 % bootstrap intervals. See `schemas.decisions.Candidate`."""
 
     quality: Estimate | None
     """Q̂; None if no prompt of B_Δ was asked."""

@@ -14,7 +14,8 @@ from npo_core.segment import LegContext
 from npo_core.signal import Band, compare_policies, coverage, estimate
 from npo_core.streams import philox
 from schemas import tables
-from schemas.records import CheckpointRef, Estimate, SignalSpec
+from schemas.decisions import Estimate
+from schemas.records import CheckpointRef, SignalSpec
 
 DISTANCES = 8
 """Most distances of a step where none are asked for."""

@@ -15,10 +15,10 @@ from npo_core.interfaces import NearFutureError, Prompt, Verifier
 from npo_core.legs import segment_digest
 from npo_core.prompts import PromptTable
 from schemas import layout
+from schemas.decisions import DecisionRecord
 from schemas.records import (
     CheckpointManifest,
     CheckpointRef,
-    DecisionRecord,
     EvalManifest,
     GuideManifest,
     Head,

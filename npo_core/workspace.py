@@ -27,7 +27,8 @@ from npo_core.prompts import PromptTable, encode, load_verifier
 from npo_core.segment import LegContext
 from schemas import layout
 from schemas.config import Config
-from schemas.records import CheckpointRef, GuideManifest, LegKind, LegRecord, MonitorState, RunRecord
+from schemas.decisions import MonitorState
+from schemas.records import CheckpointRef, GuideManifest, LegKind, LegRecord, RunRecord
 
 logger = logging.getLogger("npo")
 

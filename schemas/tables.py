@@ -127,7 +127,7 @@ SIGNAL = pa.schema(
         pa.field("prompts", pa.int32(), nullable=False),  # asked at t
         pa.field("failed", pa.int32(), nullable=False),  # of these, on which π(t) fails: what all estimates are over
         pa.field("samples", pa.int32(), nullable=False),  # answers of π(t+Δ) to them
-        # See `schemas.records.Candidate`; the last three are V̂, and Ŝ = Q̂/V̂ stands beside each.
+        # See `schemas.decisions.Candidate`; the last three are V̂, and Ŝ = Q̂/V̂ stands beside each.
         *(
             pa.field(f"{name}{bound}", pa.float64())
             for name in (*_ESTIMATES, "signal_kl_token", "signal_kl_sequence", "signal_chi2")

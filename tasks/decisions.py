@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from prefect import task
 
-from schemas.records import CheckpointRef, DecisionRecord
+from schemas.decisions import DecisionRecord
+from schemas.records import CheckpointRef
 from tasks.legs import main_line_step
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace

@@ -11,7 +11,8 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 
-from schemas.records import CheckpointRef, DecisionRecord, LegRecord
+from schemas.decisions import DecisionRecord
+from schemas.records import CheckpointRef, LegRecord
 from tasks.legs import leg_checkpoint, main_line_checkpoint, main_line_step
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
@@ -19,7 +20,7 @@ from tasks.workspaces import workspace
 if TYPE_CHECKING:
     from npo_core.controller import Verdict
     from npo_core.workspace import Workspace
-    from schemas.records import Candidate
+    from schemas.decisions import Candidate
 
 logger = logging.getLogger("npo")
 

@@ -26,11 +26,11 @@ from npo_core.prompts import PromptTable, to_arrow
 from npo_core.store import open_store
 from schemas import tables
 from schemas.config import Config
+from schemas.decisions import DecisionRecord
 from schemas.digest import digest_json
 from schemas.records import (
     SCHEMA_VERSION,
     CheckpointManifest,
-    DecisionRecord,
     GuideManifest,
     GuideSpec,
     LegKind,

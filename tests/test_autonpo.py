@@ -22,7 +22,8 @@ from npo_core.artifacts import RunArtifacts, open_run
 from npo_core.explain import moments
 from npo_core.monitor import recent_mistakes
 from npo_core.workspace import Workspace
-from schemas.records import DecisionRecord
+from schemas.decisions import DecisionRecord
+from schemas.records import GuideManifest, LegRecord
 from tests.command import autonpo_arguments, last_json, npo, run_arguments, was_killed
 
 pytestmark = pytest.mark.slow
@@ -47,6 +48,13 @@ def interventions(run: RunArtifacts) -> list[DecisionRecord]:
     return made
 
 
+def replay_of(run: RunArtifacts, decision: DecisionRecord) -> tuple[LegRecord, GuideManifest]:
+    """The leg that a decision led to, and its guide."""
+    guides = {guide.guide_id: guide for guide in run.guides() if guide.spec.checkpoint == decision.guide}
+    (leg,) = (leg for leg in run.legs() if leg.guide_id in guides)
+    return leg, guides[leg.guide_id or ""]
+
+
 def explained(uri: str, *overrides: str) -> list[dict[str, Any]]:
     sets = [word for override in overrides for word in ("-s", override)]
     return list(last_json(npo("explain", uri, *sets, "--json"))["decisions"])
@@ -60,9 +68,8 @@ def test_training_rolls_back_to_the_decisions_checkpoint_and_the_abandoned_steps
         abandoned = next(leg for leg in shown["legs"] if leg["leg_id"] == decision.leg_id)
         assert abandoned["stop"] == decision.step
         assert abandoned["status"] in ("cut", "abandoned")
-        replay = next(leg for leg in run.legs() if leg.guide_id and leg.parent == decision.parent)
-        guide = run.require_guide(replay.guide_id or "")
-        assert guide.spec.checkpoint == decision.guide
+        replay, guide = replay_of(run, decision)
+        assert replay.parent == decision.parent
         assert (guide.spec.start, guide.spec.stop) == (decision.start, decision.step)
     assert shown["head"]["step"] == 16
 
@@ -74,9 +81,9 @@ def test_the_replay_uses_the_guide_for_the_decisions_mistakes_only(
     assert rows.height > 0
     for decision in interventions:
         frozen = {mistake.prompt_id for mistake in decision.mistakes}
-        leg = next(leg for leg in run.legs() if leg.guide_id and leg.parent == decision.parent)
-        assert set(run.require_guide(leg.guide_id or "").spec.prompt_ids) == frozen
-        assert set(rows.filter(leg_id=leg.leg_id)["prompt_id"]) <= frozen
+        replay, guide = replay_of(run, decision)
+        assert set(guide.spec.prompt_ids) == frozen
+        assert set(rows.filter(leg_id=replay.leg_id)["prompt_id"]) <= frozen
 
 
 def test_state_is_rewound_with_the_checkpoint_and_the_clock_is_not(
@@ -86,7 +93,7 @@ def test_state_is_rewound_with_the_checkpoint_and_the_clock_is_not(
     assert first.parent is not None
     before = run.monitor_state(first.parent)
     assert before.observations[-1].step == first.parent.step - 1
-    replay = next(leg for leg in run.legs() if leg.guide_id and leg.parent == first.parent)
+    replay, _ = replay_of(run, first)
     after = run.monitor_state(run.checkpoints(replay.leg_id)[0].ref)
     assert after.observations[: len(before.observations)] == before.observations, "goes on from where it was"
     assert after.observations[len(before.observations)].step == first.parent.step

@@ -14,8 +14,8 @@ from npo_core.config_file import load_config
 from npo_core.controller import check as look
 from npo_core.interfaces import NearFutureError
 from npo_core.monitor import observe
+from schemas.decisions import DecisionCode, MonitorState
 from schemas.future import AutoNPOSection
-from schemas.records import DecisionCode, MonitorState
 from tests.bench import alarms, arms, paired, study, tables
 from tests.bench.ours import OurTrainer
 from tests.bench.runs import Ending, jobs_of

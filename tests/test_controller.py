@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from npo_core.controller import check, choose, confirmable, distances, trained_clock, trend
 from npo_core.monitor import observe
+from schemas.decisions import Candidate, DecisionCode, DecisionRecord, Estimate, MonitorState
 from schemas.future import AutoNPOSection
-from schemas.records import Candidate, CheckpointRef, DecisionCode, DecisionRecord, Estimate, MonitorState
+from schemas.records import CheckpointRef
 
 QUICK = AutoNPOSection(
     patience=4,

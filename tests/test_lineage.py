@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 
 from npo_core import lineage
 from npo_core.interfaces import NearFutureError
-from schemas.records import (
-    CheckpointRef,
-    DecisionRecord,
-    GuideManifest,
-    GuideSpec,
-    Head,
-    LegKind,
-    LegRecord,
-    SegmentManifest,
-)
+from schemas.decisions import DecisionRecord
+from schemas.records import CheckpointRef, GuideManifest, GuideSpec, Head, LegKind, LegRecord, SegmentManifest
 
 STRIDE = 5
 

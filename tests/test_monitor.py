@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from npo_core.monitor import observe, recent_mistakes
 from npo_core.probe import plan_probe
+from schemas.decisions import Mistake, MonitorState
 from schemas.future import AutoNPOSection
-from schemas.records import Mistake, MonitorState
 
 SETTINGS = AutoNPOSection(ema_weight=0.25, patience=4, trend_steps=8, lookback=10, mistake_threshold=0.125)
 

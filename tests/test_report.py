@@ -10,9 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from selenium import webdriver
 from selenium.common.exceptions import NoAlertPresentException
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -27,6 +25,7 @@ from npo_core.report.build import embed
 from npo_core.report.effect import before_and_after, guides
 from npo_core.report.tree import LEFT, RIGHT, WIDTH, draw
 from tests import synthetic
+from tests.browser import data_of, opened
 
 SCRIPT, IMAGE = "<script>alert(1);window.pwned=1</script>", "</script><img src=x onerror=alert(2)>"
 SEPARATORS = "\u2028&amp;\u2029"
@@ -67,29 +66,8 @@ def report(run: RunArtifacts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def browser(report: Path, tmp_path: Path) -> Iterator[WebDriver]:
     """Headless Chromium with the report open and its charts drawn."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.fail("the report's tests need Chromium and its driver; apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-    flags += f"disable-component-update disable-sync window-size=1280,1000 user-data-dir={tmp_path}"
-    for flag in flags.split():
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=Service(driver))
-    try:
-        opened.get(report.as_uri())
-        WebDriverWait(opened, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#chart-reward .js-line"))
-        yield opened
-    finally:
-        opened.quit()
-
-
-def data_of(html: str) -> dict:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    with opened(report, tmp_path) as browser:
+        yield browser
 
 
 def lines(browser: WebDriver, chart: str) -> list[str]:

@@ -22,6 +22,7 @@ from npo_core import views
 from npo_core.artifacts import RunArtifacts
 from npo_core.interfaces import NearFutureError
 from npo_core.report import charts, effect
+from npo_core.report import decisions as autonpo
 from npo_core.report.sample import MAX_GROUPS, MAX_TOKENS, sample
 from npo_core.report.tree import draw
 
@@ -53,6 +54,11 @@ def write_report(run: RunArtifacts, token_text: Callable[[int], str]) -> str:
     if scores:
         figures["families"] = charts.families(scores[0], scores[-1])
     curves = charts.curves(steps, evaluations)
+    decisions = [decision for decision in run.decisions() if decision.source == "autonpo"]
+    autonpo.mark(curves, decisions, steps)
+    probes = {f"probe-{i}": figure for i, d in enumerate(decisions) if (figure := autonpo.probe_chart(d)) is not None}
+    studies = autonpo.studies(run)
+    figures |= probes | {f"study-{i}": study["figure"] for i, study in enumerate(studies)}
     embedded = {group["prompt_id"] for group in picked.groups}
     data = {
         "curves": curves,
@@ -74,6 +80,9 @@ def write_report(run: RunArtifacts, token_text: Callable[[int], str]) -> str:
             {guide["guide_id"]: (guide["leg"], guide["step"]) for guide in guides},
         ),
         guides=guides,
+        decisions=autonpo.rows(decisions),
+        probes=probes,
+        studies=studies,
         scores=scores,
         steps_trained=steps.height,
         sample=picked,
@@ -123,5 +132,6 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["share"] = lambda value, digits=1: "–" if value is None else f"{100 * value:.{digits}f} %"
+    environment.filters["estimate"] = lambda e: "–" if e is None else f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]"
     environment.filters["count"] = lambda value: f"{value:,}".replace(",", "\u202f")
     return environment.from_string(_resource("template.html.j2"))

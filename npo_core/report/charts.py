@@ -62,7 +62,7 @@ def families(before: EvalManifest, after: EvalManifest) -> Figure:
             hovertemplate="%{x}<br>accuracy %{y:.3f}<extra>" + label + "</extra>",
         )
     figure.update_layout(barmode="group", bargap=0.25)
-    return _finish(figure, "task family", "held-out accuracy", top=1.0)
+    return finish(figure, "task family", "held-out accuracy", top=1.0)
 
 
 def coverage(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -83,7 +83,7 @@ def coverage(rows: Sequence[Mapping[str, Any]]) -> Figure:
     )
     figure.update_layout(barmode="stack", bargap=0.3)
     figure.update_traces(hovertemplate="%{x}<br>%{y} prompts")
-    return _finish(figure, "task family", "prompts of the window")
+    return finish(figure, "task family", "prompts of the window")
 
 
 def _training(steps: pl.DataFrame, axis: str, column: str, title: str) -> Figure:
@@ -107,7 +107,7 @@ def _training(steps: pl.DataFrame, axis: str, column: str, title: str) -> Figure
             hovertemplate="step %{customdata[0]}, %{customdata[1]:,} tokens<br>%{customdata[2]:.3f} "
             "(mean %{y:.3f})<extra>" + name + "</extra>",
         )
-    return _finish(figure, AXES[axis], title, legend=False)
+    return finish(figure, AXES[axis], title, legend=False)
 
 
 def _accuracy(steps: pl.DataFrame, evaluations: pl.DataFrame, axis: str) -> Figure:
@@ -137,7 +137,7 @@ def _accuracy(steps: pl.DataFrame, evaluations: pl.DataFrame, axis: str) -> Figu
             hovertemplate="step %{customdata[0]}, %{customdata[1]:,} tokens, %{customdata[2]} trained steps<br>"
             "accuracy %{y:.3f}<extra>" + name + "</extra>",
         )
-    return _finish(figure, AXES[axis], "held-out accuracy", legend=False)
+    return finish(figure, AXES[axis], "held-out accuracy", legend=False)
 
 
 def _with_holds(steps: pl.DataFrame, evaluations: pl.DataFrame) -> pl.DataFrame:
@@ -159,6 +159,7 @@ def _with_holds(steps: pl.DataFrame, evaluations: pl.DataFrame) -> pl.DataFrame:
 
 def _replaced(steps: pl.DataFrame, axis: str) -> Figure:
     figure = go.Figure()
+    explained = False  # the legend names each kind of line once, however many replays there are
     for name, kind, on_line, part in _stretches(steps):
         if not on_line:
             continue
@@ -167,7 +168,8 @@ def _replaced(steps: pl.DataFrame, axis: str) -> Figure:
         if guided:
             figure.add_scatter(
                 x=x, y=part["npo/eligible"].to_list(), mode="lines", line={"color": "#8b95a1", "width": 1.4},
-                name="hard groups (gate passed)", hovertemplate="%{y} hard groups<extra></extra>",
+                name="hard groups (gate passed)", showlegend=not explained,
+                hovertemplate="%{y} hard groups<extra></extra>",
             )  # fmt: skip
         figure.add_scatter(
             x=x,
@@ -177,12 +179,13 @@ def _replaced(steps: pl.DataFrame, axis: str) -> Figure:
             fill="tozeroy" if guided else "none",
             line={"color": COLOURS[kind], "width": 1.8},
             name="slots replaced" if guided else name,
-            showlegend=guided,
+            showlegend=guided and not explained,
             hovertemplate="step %{customdata[0]}, %{customdata[1]:,} tokens<br>%{y} slots replaced<extra>"
             + name
             + "</extra>",
         )
-    return _finish(figure, AXES[axis], "prompt groups a step")
+        explained = explained or guided
+    return finish(figure, AXES[axis], "prompt groups a step")
 
 
 def _stretches(steps: pl.DataFrame) -> list[tuple[str, str, bool, pl.DataFrame]]:
@@ -203,7 +206,8 @@ def _plain(name: str) -> str:
     return html.escape(name, quote=False)
 
 
-def _finish(figure: go.Figure, x_title: str, y_title: str, legend: bool = True, top: float | None = None) -> Figure:
+def finish(figure: go.Figure, x_title: str, y_title: str, legend: bool = True, top: float | None = None) -> Figure:
+    """The figure as JSON, in the report's style."""
     grid = {"gridcolor": "#e8ecf0", "zerolinecolor": "#c3cbd4", "automargin": True}
     figure.update_layout(
         template="none",

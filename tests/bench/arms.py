@@ -79,8 +79,6 @@ FUTURES = (
     Arm("scout of 4 prompts a step", "npo", (FEW,)),
     Arm("scout at twice the learning rate", "npo", (FAST,)),
     Arm("scout that stops", "npo", STOPS),
-    Arm("Δ = 80", "npo", ("future.interventions.0.lookahead=80",)),
-    Arm("K = 2", "npo", (TERSE,)),
     Arm("lean", "npo", LEAN),
     Arm("lean, 4 prompts a step", "npo", (*LEAN, FEW)),
     Arm("lean, twice the learning rate", "npo", (*LEAN, FAST)),

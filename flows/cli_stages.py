@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from flows.cli_output import Json, cell, emit, table
@@ -80,7 +81,10 @@ def _signal_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             line += [row[name], cell(value) + star]
         lines.append(line)
     heads = (f"{symbol} by {name}" for name in names for symbol in ("V", "S"))
-    return table(("t", "Δ", "failed", "Q", "baseline", *heads), lines, "Signal (*: the largest S of a step)")
+    made = table(("t", "Δ", "failed", "Q", "baseline", *heads), lines, "Signal (*: the largest S of a step)")
+    # Eleven columns of numbers fit a terminal's 80 without frames.
+    made.box, made.padding = box.SIMPLE_HEAD, 0
+    return made
 
 
 @app.command("warm-start")

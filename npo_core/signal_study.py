@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from npo_core.confirm import Asked, ask
-from npo_core.interfaces import ConfigurationError, Generator
+from npo_core.interfaces import ConfigurationError, Generator, NearFutureError
 from npo_core.segment import LegContext
 from npo_core.signal import Band, compare_policies, coverage, estimate
 from npo_core.streams import philox
@@ -40,21 +40,28 @@ def grid(
         lookaheads: the distances; empty: at most `DISTANCES` of those that there are, spread evenly.
 
     Raises:
+        NearFutureError: there are no two checkpoints to compare.
         ConfigurationError: a step has no checkpoint, or no distance leads to one; names those that there are.
     """
     at = sorted(saved)
-    chosen = list(steps) or sorted({at[0], min(at, key=lambda step: abs(step - at[-1] / 2))})
+    if len(at) < 2:
+        raise NearFutureError(
+            f"a study compares checkpoints of the main line, and it has {len(at)}; train on with `npo run`"
+        )
+    # In order and once each: however it is asked for, the same grid is the same study.
+    chosen = sorted(set(steps) or {at[0], min(at, key=lambda step: abs(step - at[-1] / 2))})
     if absent := [step for step in chosen if step not in saved]:
         raise ConfigurationError(f"--step {absent[0]}: the main line has no checkpoint there; its steps: {_words(at)}")
     points = []
     for step in chosen:
         ahead = [other - step for other in at if other > step]
-        wanted = [far for far in lookaheads if far in ahead] if lookaheads else _spread(ahead)
-        points += [(saved[step], saved[step + far]) for far in sorted(wanted)]
+        wanted = [far for far in ahead if far in lookaheads] if lookaheads else _spread(ahead)
+        points += [(saved[step], saved[step + far]) for far in wanted]
     if not points:
+        option = f"--lookahead {_words(lookaheads)}" if lookaheads else f"--step {_words(chosen)}"
+        far = "so far " if lookaheads else ""
         raise ConfigurationError(
-            f"--lookahead {_words(lookaheads)}: no checkpoint lies so far ahead of step {_words(chosen)}; the main "
-            f"line's steps: {_words(at)}"
+            f"{option}: no checkpoint lies {far}ahead of step {_words(chosen)}; the main line's steps: {_words(at)}"
         )
     return tuple(points)
 
@@ -137,4 +144,4 @@ def _spread(values: Sequence[int]) -> list[int]:
 
 
 def _words(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values)) or "none"
+    return ", ".join(map(str, values))

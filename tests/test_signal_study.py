@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from flows.cli_stages import _signal_table
 from npo_core.artifacts import RunArtifacts, main_line_checkpoints, open_run
-from npo_core.interfaces import ConfigurationError
+from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.prompts import load_verifier
+from npo_core.report.decisions import ESTIMATORS
 from npo_core.signal_study import grid
 from npo_core.verify import verify_run
 from npo_core.workspace import Workspace
 from schemas import layout
 from schemas.records import CheckpointRef, SignalManifest
 from tasks import legs, policies, signals, workspaces
+from tests.command import npo
+from tests.test_cli import parsed
 from tests.test_stages import small
 
 measure_signal = signals.measure_signal.fn
@@ -45,6 +51,22 @@ def test_a_step_without_a_checkpoint_and_a_distance_that_leads_nowhere_are_told_
         grid(saved(0, 10), (15,), ())
     with pytest.raises(ConfigurationError, match=r"--lookahead 7: no checkpoint lies so far ahead of step 0"):
         grid(saved(0, 10), (0,), (7,))
+    with pytest.raises(ConfigurationError, match=r"--step 10: no checkpoint lies ahead of step 10"):
+        grid(saved(0, 10), (10,), ())
+
+
+@pytest.mark.parametrize("steps", [(), (0,)])
+def test_a_run_with_nothing_to_compare_is_told_to_train_on(steps: tuple[int, ...]) -> None:
+    with pytest.raises(NearFutureError, match="it has 1; train on"):
+        grid(saved(0), steps, ())
+    with pytest.raises(NearFutureError, match="it has 0; train on"):
+        grid({}, steps, ())
+
+
+def test_the_same_grid_asked_for_in_another_order_or_twice_is_the_same_grid() -> None:
+    asked = grid(saved(0, 10, 20, 30), (10, 0, 10), (20, 10, 20))
+    assert asked == grid(saved(0, 10, 20, 30), (0, 10), (10, 20))
+    assert len(asked) == len(set(asked)) == 4
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +125,50 @@ def test_verify_sees_a_study_that_was_altered(run: RunArtifacts) -> None:
     assert any("was altered: it is study" in problem for problem in faults(run))
     path.write_bytes(before)
     assert faults(run) == []
+
+
+@pytest.mark.slow
+def test_the_command_finds_the_same_study_whatever_the_order_of_its_options_and_prints_its_rows(
+    run: RunArtifacts, prefect_server: dict[str, str]
+) -> None:
+    (manifest,) = run.signals()
+    asked = [
+        "--step",
+        "2",
+        "--step",
+        "0",
+        "--lookahead",
+        "4",
+        "--lookahead",
+        "2",
+        "--prompts",
+        "12",
+        "--samples",
+        "4",
+        "--json",
+    ]
+    told = parsed(npo("stage", "signal", run.uri, *asked, env=prefect_server))
+    assert told["stage"] == "signal"
+    (artifact,) = told["artifacts"]
+    assert artifact["signal_id"] == manifest.signal_id
+    assert artifact["rows"] == run.table(manifest, "signal").to_pylist()
+    assert run.signals() == [manifest]
+
+
+def test_the_printed_table_fits_a_narrow_terminal_and_stars_the_largest_signal_of_a_step() -> None:
+    columns = ("quality", "baseline", *(f"{part}{name}" for part in ("", "signal_") for name in ESTIMATORS))
+    rows = [
+        {"step": 100, "lookahead": far, "failed": 1000, **dict.fromkeys(columns, value)}
+        for far, value in ((100, 0.25), (110, 0.75), (120, None))
+    ]
+    printed = io.StringIO()
+    Console(file=printed, width=80).print(_signal_table(rows))
+    lines = [line.split() for line in printed.getvalue().splitlines() if line.split()[:1] == ["100"]]
+    assert lines == [
+        ["100", "100", "1,000", *["0.250"] * 8],
+        ["100", "110", "1,000", "0.750", "0.750", *["0.750", "0.750*"] * 3],
+        ["100", "120", "1,000", *["–"] * 8],
+    ]
 
 
 def test_the_checkpoints_of_the_main_line_are_the_grid(run: RunArtifacts) -> None:

@@ -11,9 +11,9 @@ from selenium.webdriver.common.by import By
 from npo_core import views
 from npo_core.artifacts import RunArtifacts, main_line_checkpoints
 from npo_core.report import write_report
-from npo_core.report.decisions import studies
+from npo_core.report.decisions import mark, rows, studies
 from schemas import tables
-from schemas.decisions import Candidate, DecisionCode, DecisionRecord, Estimate
+from schemas.decisions import Candidate, DecisionCode, DecisionRecord, Estimate, Mistake
 from schemas.records import CheckpointRef, SignalSpec
 from tests import synthetic
 from tests.browser import data_of, opened
@@ -25,11 +25,11 @@ def near(value: float) -> Estimate:
     return Estimate(value=value, low=value - 0.0625, high=value + 0.125)
 
 
-def candidate(parent: CheckpointRef, step: int, quality: float, variance: float) -> Candidate:
+def candidate(parent: CheckpointRef, step: int, quality: float, variance: float, pool: int = 20) -> Candidate:
     return Candidate(
         lookahead=step - parent.step,
         parent=parent,
-        pool=20,
+        pool=pool,
         prompts=8,
         samples=64,
         quality=near(quality),
@@ -60,6 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunArtifacts:
                 clock=step + 100,
                 candidates=(candidate(saved[step - 5], step, 0.5, 1.25), candidate(saved[step - 10], step, 0.75, 2.5)),
                 variance="kl_token",
+                mistakes=tuple(Mistake(f"p{n:03d}", 12, 0.0) for n in range(17)) if rolls_back else (),
                 lookahead=5 if rolls_back else None,
                 start=step - 5 if rolls_back else None,
                 created_at="2026-01-01T00:00:00+00:00",
@@ -114,8 +115,27 @@ def test_the_table_shows_the_chosen_distance_and_of_a_decision_in_vain_the_best_
     assert "1.25 [1.19, 1.38]" in first
     assert "0.40 [0.34, 0.53]" in first
     assert "<td>115</td>" in first
+    assert "<td>20</td><td>8</td><td>17</td>" in first
+    assert "<td>20</td><td>8</td><td>0</td>" in second
     assert "0.75 [0.69, 0.88]" in second
     assert "low-quality" in second
+
+
+def test_a_distance_with_too_few_mistakes_to_be_chosen_is_not_shown_as_the_best(run: RunArtifacts) -> None:
+    vain = next(d for d in run.decisions() if d.code is DecisionCode.LOW_QUALITY)
+    few = candidate(vain.candidates[0].parent, vain.step, 1.0, 1.0, pool=3)
+    made = vain.model_copy(update={"candidates": (few, *vain.candidates[1:])})
+    assert [row["candidate"].lookahead for row in rows([made], min_pool=16)] == [10]
+    assert [row["candidate"].lookahead for row in rows([made], min_pool=3)] == [5]
+    assert [row["candidate"] for row in rows([made], min_pool=21)] == [None]
+
+
+def test_a_decision_before_its_leg_trained_a_step_is_marked_against_steps_alone(run: RunArtifacts) -> None:
+    made = next(d for d in run.decisions() if d.code).model_copy(update={"leg_id": "untrained"})
+    curves: dict = {"reward": {axis: {"data": [], "layout": {}} for axis in ("steps", "tokens")}}
+    mark(curves, [made], views.steps(run))
+    assert [trace["x"] for trace in curves["reward"]["steps"]["data"]] == [[made.step]]
+    assert curves["reward"]["tokens"] == {"data": [], "layout": {}}
 
 
 def test_each_probe_has_a_chart_with_intervals_and_the_chosen_distance(html: str) -> None:

@@ -42,6 +42,7 @@ def write_report(run: RunArtifacts, token_text: Callable[[int], str]) -> str:
     steps = views.steps(run)
     if steps.is_empty():
         raise NearFutureError(f"run {run.uri} has no committed step to report; start or resume it with `npo run`")
+    record = run.record()
     shown = views.show(run)
     evaluations = views.evaluations(run, steps)
     scores = views.main_evaluations(run)
@@ -69,8 +70,8 @@ def write_report(run: RunArtifacts, token_text: Callable[[int], str]) -> str:
     }
     scripts = {"plotly": plotly.offline.get_plotlyjs(), "browser": _resource("browser.js")}
     return _template().render(
-        record=run.record(),
-        recipe=run.record().recipe,
+        record=record,
+        recipe=record.recipe,
         shown=shown,
         curves=curves,
         kinds=[kind for kind in charts.COLOURS if kind in set(steps["kind"])],
@@ -80,7 +81,7 @@ def write_report(run: RunArtifacts, token_text: Callable[[int], str]) -> str:
             {guide["guide_id"]: (guide["leg"], guide["step"]) for guide in guides},
         ),
         guides=guides,
-        decisions=autonpo.rows(decisions),
+        decisions=autonpo.rows(decisions, record.recipe["autonpo"]["min_pool"]) if decisions else [],
         probes=probes,
         studies=studies,
         scores=scores,

@@ -23,17 +23,21 @@ def mark(curves: Mapping[str, Mapping[str, Figure]], decisions: Sequence[Decisio
 
     Args:
         curves: `charts.curves`; changed in place.
-        decisions: AutoNPO's.
+        decisions: AutoNPO's. Against tokens, one that fell before its leg trained a step has no place and no mark.
         steps: `views.steps`.
     """
     spent = {(leg_id, step): total for leg_id, step, total in steps["leg_id", "step", "total_tokens"].iter_rows()}
     for figures in curves.values():
         for axis, figure in figures.items():
             for intervene, name, colour in ((True, "rolled back", ROLLED_BACK), (False, "in vain", IN_VAIN)):
-                own = [d for d in decisions if d.intervene == intervene]
+                placed = [
+                    (d.step if axis == "steps" else spent.get((d.leg_id, d.step - 1)), d)
+                    for d in decisions
+                    if d.intervene == intervene
+                ]
+                at, own = [x for x, _ in placed if x is not None], [d for x, d in placed if x is not None]
                 if not own:
                     continue
-                at = [d.step if axis == "steps" else spent.get((d.leg_id, d.step - 1), 0) for d in own]
                 figure["layout"].setdefault("shapes", []).extend(_line(x, colour) for x in at)
                 figure["data"].append(
                     {
@@ -50,11 +54,16 @@ def mark(curves: Mapping[str, Mapping[str, Figure]], decisions: Sequence[Decisio
                 )
 
 
-def rows(decisions: Sequence[DecisionRecord]) -> list[dict[str, Any]]:
-    """The table of decisions: each record, its chosen distance, or the one of the best Q̂, and that one's numbers."""
+def rows(decisions: Sequence[DecisionRecord], min_pool: int) -> list[dict[str, Any]]:
+    """The table of decisions: each record, its chosen distance, or the one of the best Q̂, and that one's numbers.
+
+    Args:
+        decisions: AutoNPO's.
+        min_pool: mistakes that a distance needs to be chosen, from the recipe.
+    """
     found = []
     for decision in decisions:
-        shown = _shown(decision)
+        shown = _shown(decision, min_pool)
         name = decision.variance or ""
         found.append(
             {
@@ -142,11 +151,11 @@ def _chart(lookaheads: Sequence[int], series: Mapping[str, tuple[str, Sequence[E
     return made
 
 
-def _shown(decision: DecisionRecord) -> Candidate | None:
-    """The distance that was chosen, or where none was, the one with the best Q̂."""
+def _shown(decision: DecisionRecord, min_pool: int) -> Candidate | None:
+    """The distance that was chosen, or where none was, the one with the best Q̂ of those that could have been."""
     if decision.intervene:
-        return next(c for c in decision.candidates if c.lookahead == decision.lookahead)
-    measured = [c for c in decision.candidates if c.quality is not None]
+        return next((c for c in decision.candidates if c.lookahead == decision.lookahead), None)
+    measured = [c for c in decision.candidates if c.quality is not None and c.pool >= min_pool]
     return max(measured, key=lambda c: c.quality.value if c.quality else 0.0, default=None)
 
 

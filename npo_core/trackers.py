@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -103,6 +104,10 @@ class WandbTracker:
 
     def _start(self, run_id: str) -> Any:
         self._directory.mkdir(parents=True, exist_ok=True)
+        # wandb names an offline run's folder by the second: of two that begin in one second, the later one's rows go
+        # lost.
+        while any(self._directory.glob(f"wandb/*-{time.strftime('%Y%m%d_%H%M%S')}-*")):
+            time.sleep(0.05)
         settings = self._wandb.Settings(silent=True, console="off", x_disable_stats=True)
         try:
             run = self._wandb.init(

@@ -147,7 +147,8 @@ def _chart(lookaheads: Sequence[int], series: Mapping[str, tuple[str, Sequence[E
         )
     made = finish(figure, "Δ (steps)", "Q̂ and Ŝ")
     axis = {"overlaying": "y", "side": "right", "showgrid": False, "title": {"text": "V̂"}, "automargin": True}
-    made["layout"]["yaxis2"] = {**axis, "rangemode": "tozero"}
+    # Ticks of its own: by default they stand beside the left axis's, at odd numbers.
+    made["layout"]["yaxis2"] = {**axis, "rangemode": "tozero", "tickmode": "auto", "nticks": 6}
     return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from npo_core.artifacts import RunArtifacts
 from npo_core.controller import Verdict, check, choose
 from npo_core.monitor import observe
 from schemas import tables
-from schemas.decisions import Candidate, DecisionCode, DecisionRecord, MonitorState
+from schemas.decisions import Candidate, DecisionCode, DecisionRecord, Estimate, MonitorState
 from schemas.future import AutoNPOSection
 from schemas.records import LegRecord
 
@@ -138,22 +138,18 @@ def _kind(numbered: tuple[int, dict[str, Any]]) -> tuple[Any, ...]:
 
 
 def rescaled(candidate: Candidate, before: AutoNPOSection, after: AutoNPOSection) -> Candidate:
-    """A probed distance under another κ: V̂ of the KL estimators is an exponential in it."""
-    if before.kappa == after.kappa or candidate.quality is None:
+    """A probed distance under another κ. V̂ of the KL estimators is an exponential in κ, so its estimate and bounds are
+    exact; the bounds of Ŝ are those of Q̂ and V̂ together, and thus wider than a bootstrap's."""
+    quality = candidate.quality
+    if before.kappa == after.kappa or quality is None:
         return candidate
     power = after.kappa / before.kappa
-
-    def scale(name: str, part: Mapping[str, float], sign: int) -> dict[str, float]:
-        factor = candidate.variance[name].value ** (sign * (power - 1))
-        return {bound: part[bound] * factor for bound in ("value", "low", "high")}
-
-    changed = {name: name.startswith("kl") for name in candidate.variance}
-    dumped = candidate.model_dump()
-    for field, sign in (("variance", 1), ("signal", -1)):
-        for name, moved in changed.items():
-            if moved and name in dumped[field]:
-                dumped[field][name] = scale(name, dumped[field][name], sign)
-    return Candidate.model_validate(dumped)
+    variance, signal = dict(candidate.variance), dict(candidate.signal)
+    for name in (name for name in variance if name.startswith("kl")):
+        v = Estimate(**{bound: getattr(variance[name], bound) ** power for bound in ("value", "low", "high")})
+        variance[name] = v
+        signal[name] = Estimate(value=quality.value / v.value, low=quality.low / v.high, high=quality.high / v.low)
+    return candidate.model_copy(update={"variance": variance, "signal": signal})
 
 
 def _verdict(moment: Moment, then: AutoNPOSection, now: AutoNPOSection) -> tuple[Verdict, Sequence[Candidate]]:

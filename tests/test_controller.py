@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npo_core.controller import check, choose, confirmable, distances, trained_clock, trend
+from npo_core.explain import rescaled
 from npo_core.monitor import observe
 from schemas.decisions import Candidate, DecisionCode, DecisionRecord, Estimate, MonitorState
 from schemas.future import AutoNPOSection
@@ -288,3 +289,11 @@ def test_distances_are_those_to_saved_checkpoints_within_the_lookback(
     found = distances(MonitorState(), step, {s: saved(s) for s in steps}, settings)
     assert [c.parent.step for c in found] == sorted((s for s in steps if 0 < step - s <= lookback), reverse=True)
     assert all(c.parent.step == step - c.lookahead for c in found)
+
+
+def test_another_kappa_raises_the_variance_cost_to_a_power_and_divides_the_quality_by_it() -> None:
+    before = probed(at(10), 0.5, 1.5)
+    doubled = rescaled(before, QUICK, QUICK.model_copy(update={"kappa": 2 * QUICK.kappa}))
+    assert doubled.variance["kl_token"] == exactly(1.5**2)
+    assert doubled.signal["kl_token"] == exactly(0.5 / 1.5**2)
+    assert rescaled(before, QUICK, QUICK) == before

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.s3_server import S3Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Deadlines measure how busy the machine is.
@@ -24,3 +28,13 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
     server.wait()
     yield {**home, "PREFECT_API_URL": server.api_url}
     server.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """An S3 server that checks signatures, with a bucket `runs`."""
+    from tests.s3_server import S3Server
+
+    with S3Server() as server:
+        server.make_bucket("runs")
+        yield server

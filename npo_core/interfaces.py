@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import BinaryIO, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -216,6 +217,16 @@ class PromptSource(Protocol):
         """The prompts of the evaluation."""
 
 
+@dataclass(frozen=True)
+class StoredObject:
+    """Something that lies in a store, committed or not."""
+
+    key: str
+    bytes: int
+    modified: datetime
+    """When it was last written, UTC."""
+
+
 @runtime_checkable
 class Store(Protocol):
     """Objects under keys. Data are written under keys that hold their content's hash; a record is created only if it
@@ -226,6 +237,9 @@ class Store(Protocol):
 
     def within(self, folder: str) -> Store:
         """The same store with keys relative to `folder`."""
+
+    def declare_single_writer(self) -> None:
+        """Takes the user's word that no second process writes: a store without conditional writes is not refused."""
 
     def put_data(self, folder: str, name: str, role: str, source: bytes | Path, rows: int | None = None) -> FileEntry:
         """Writes a data file under `layout.data_file(folder, name, sha256)`; safe to repeat.
@@ -251,6 +265,9 @@ class Store(Protocol):
             StoreError: the bytes are no such record; names the key.
         """
 
+    def read_all(self, keys: Sequence[str], kind: type[RecordT]) -> list[RecordT | None]:
+        """`read` of many records at once, in order."""
+
     def read_bytes(self, key: str) -> bytes | None:
         """The bytes of an object, unchecked, or None if the key is absent."""
 
@@ -267,8 +284,21 @@ class Store(Protocol):
     def check(self, entry: FileEntry) -> None:
         """`read_data` without keeping the bytes."""
 
+    def open(self, entry: FileEntry) -> BinaryIO:
+        """A data file, to read parts of: its size is checked, its hash is not (see `npo_core.parquet`).
+
+        Raises:
+            StoreError: missing or truncated; names the key.
+        """
+
     def swap(self, key: str, expected: Record | None, new: Record) -> bool:
         """Compare-and-swap: writes `new` if the key holds `expected` (None: is absent). False if it does not."""
 
+    def walk(self, folder: str) -> list[StoredObject]:
+        """Everything below `folder`, committed or not, hidden temporary files too."""
+
     def list(self, folder: str) -> list[str]:
         """Names of the entries directly below `folder`, sorted; empty if there is none. Never cached."""
+
+    def remove(self, key: str) -> None:
+        """Removes an object; nothing happens if it is missing."""

@@ -44,6 +44,8 @@ class Workspace:
 
     def __init__(self, config: Config, run: RunArtifacts, record: RunRecord) -> None:
         self.config, self.run, self.record = config, run, record
+        if config.run.single_writer:
+            run.store.declare_single_writer()
         self._scratch = tempfile.TemporaryDirectory(prefix="near-future-")
         self._engine: Engine | None = None
         self._holds: tuple[str, float | None] | None = None

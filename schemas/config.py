@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.future import AutoNPOSection, FutureSection
 from schemas.section import Section
 
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+def without_credentials(url: str) -> str:
+    """The URL of a store, which is written into records and shown to people.
+
+    Raises:
+        ValueError: it holds a user or a password.
+    """
+    if re.match(r"\w+://[^/]*@", url):
+        raise ValueError(
+            "the URL holds credentials; give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the AWS files"
+        )
+    return url
 
 
 class RunSection(Section):
@@ -20,7 +34,10 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of every random stream: data order, rollouts, guide, evaluation."""
     store: str = "file://./runs"
-    """URL of the store that holds the run (`file://PATH`)."""
+    """URL of the store that holds the run: `file://PATH` or `s3://BUCKET/PREFIX`. Credentials and the endpoint of a
+    compatible store come from the environment (AWS_*), never from here."""
+    single_writer: bool = False
+    """Your word that no second process ever writes this run: only then is a store without conditional writes taken."""
     total_steps: int = Field(160, ge=1)
     """Optimizer steps of the main line. Not part of the run's identity: raise it to extend a finished run."""
     segment_steps: int = Field(10, ge=1)
@@ -29,6 +46,11 @@ class RunSection(Section):
     """Optional sinks of the metrics, beside the Parquet files, which stay the source."""
     tracker_dir: str = "./trackers"
     """Local directory for what the trackers write."""
+
+    @field_validator("store")
+    @classmethod
+    def _no_credentials(cls, value: str) -> str:
+        return without_credentials(value)
 
 
 class ModelSection(Section):
@@ -42,6 +64,11 @@ class ModelSection(Section):
     """Type of the weights in memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation that transformers loads."""
+
+    @field_validator("start_from")
+    @classmethod
+    def _no_credentials(cls, value: str | None) -> str | None:
+        return value if value is None else without_credentials(value)
 
 
 class DataSection(Section):
@@ -154,6 +181,17 @@ class EvaluationSection(Section):
     """Answers a held-out prompt."""
 
 
+class RetentionSection(Section):
+    """What `npo gc` keeps beside what a run still needs. Not part of the run's identity."""
+
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints that stay of every leg."""
+    keep_every: int = Field(0, ge=0)
+    """Main-line checkpoints at multiples of this many steps stay; 0: none for this reason."""
+    grace_hours: float = Field(24.0, ge=0, allow_inf_nan=False)
+    """Files that belong to nothing and are younger than this stay, for somebody may be about to commit them."""
+
+
 NOT_RECIPE = {
     "model": ("attention",),
     "rollout": ("max_rows",),
@@ -190,6 +228,8 @@ class Config(Section):
     """Rolling back by itself."""
     evaluation: EvaluationSection = EvaluationSection()
     """And how it is judged."""
+    retention: RetentionSection = RetentionSection()
+    """And what stays of it."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
@@ -258,7 +298,7 @@ class Config(Section):
 
         Two configurations with equal recipes may continue each other's run.
         """
-        recipe = self.model_dump(mode="json", exclude={"evaluation"})
+        recipe = self.model_dump(mode="json", exclude={"evaluation", "retention"})
         recipe["run"] = {"seed": self.run.seed}
         for section, fields in NOT_RECIPE.items():
             for field in fields:

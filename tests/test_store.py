@@ -51,7 +51,7 @@ def test_a_store_satisfies_the_protocol(tmp_path: Path) -> None:
     assert isinstance(open_store(str(tmp_path)), StoreProtocol)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/prefix", "memory://runs", "https://example.org/runs"])
+@pytest.mark.parametrize("url", ["memory://runs", "gs://bucket/runs", "https://example.org/runs"])
 def test_a_protocol_without_conditional_writes_is_refused_by_name(url: str) -> None:
     with pytest.raises(ConfigurationError, match=r"has no conditional writes here; use file://PATH") as raised:
         open_store(url)
@@ -109,7 +109,7 @@ def test_a_swap_of_what_is_not_there_is_refused(tmp_path: Path) -> None:
     assert store.read("head.json", Head) == second
 
 
-def test_data_lie_under_their_hash_and_are_written_once(tmp_path: Path) -> None:
+def test_data_lie_under_their_hash_and_are_as_young_as_their_last_attempt(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     source = tmp_path / "source.bin"
     source.write_bytes(b"x" * 3_000_000)
@@ -119,7 +119,7 @@ def test_data_lie_under_their_hash_and_are_written_once(tmp_path: Path) -> None:
     assert path.read_bytes() == source.read_bytes()
     before = path.stat()
     assert store.put_data("a/b", "weights.bin", "weights", source.read_bytes()) == entry
-    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert path.stat().st_mtime_ns > before.st_mtime_ns
     path.write_bytes(b"x")
     store.put_data("a/b", "weights.bin", "weights", source)
     assert store.read_data(entry) == source.read_bytes()

@@ -1,0 +1,148 @@
+"""S3 and what speaks its protocol: the client, and conditional writes by ETags.
+
+Credentials come from where every S3 client looks for them: the environment, or the usual AWS files; so does the
+endpoint of a compatible store (AWS_ENDPOINT_URL). None of them is ever part of a URL, a record or a message.
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from aiohttp import ClientError as HttpError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from s3fs.core import set_custom_error_handler
+
+from npo_core.interfaces import ConfigurationError
+
+CLIENT = {"retries": {"mode": "standard", "max_attempts": 6}, "connect_timeout": 10, "read_timeout": 30}
+"""botocore's own retries with exponential backoff. Whoever wants others sets them where fsspec has its settings:
+`FSSPEC_S3='{"config_kwargs": {"read_timeout": 120}}'`."""
+
+_LOST_RACE = "ConditionalRequestConflict"
+"""AWS's answer to one of two conditional writes at the same moment: try again."""
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """The s3fs file system of `s3://BUCKET/PREFIX`, and the path in it.
+
+    Raises:
+        ConfigurationError: there is no bucket in the URL.
+    """
+    set_custom_error_handler(lambda error: _code(error) == _LOST_RACE)
+    own = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    fs, path = fsspec.url_to_fs(
+        # s3fs caches listings for ever by default; ours must show what other writers did.
+        url,
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        config_kwargs={**CLIENT, **own},
+    )
+    path = path.strip("/")
+    if not path:
+        raise ConfigurationError(f"run.store {url!r} names no bucket; use s3://BUCKET/PREFIX")
+    return fs, path
+
+
+class S3Writes:
+    """Conditional writes by `If-None-Match` and `If-Match`, as AWS and most compatible stores have them.
+
+    Whether this store has them is asked before the first one: a store that ignores a condition answers as if it had
+    been met, and two writers would overwrite each other unseen.
+    """
+
+    errors: tuple[type[Exception], ...] = (OSError, BotoCoreError, HttpError)
+
+    def __init__(self, fs: Any) -> None:
+        self.fs = fs
+        self.single_writer = False
+        self._conditional: bool | None = None
+
+    def remedy(self, error: Exception) -> str | None:
+        """See `Writes.remedy`."""
+        if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+            return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,"
+        if isinstance(error, PermissionError):
+            return "check the credentials, and that they may read, write and list there,"
+        if isinstance(error, FileNotFoundError):
+            return "make the bucket, or choose another run.store,"
+        if isinstance(error, (BotoCoreError, TimeoutError, HttpError)):
+            return "check the network and AWS_ENDPOINT_URL,"
+        return None
+
+    def publish(self, path: str, source: bytes | Path) -> None:
+        """See `Writes.publish`. Large files go in parts, which become visible together."""
+        if isinstance(source, bytes):
+            self.fs.pipe_file(path, source)
+        else:
+            self.fs.put_file(str(source), path)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """See `Writes.create`.
+
+        Raises:
+            ConfigurationError: the store ignores conditions, and nobody said that there is one writer only.
+        """
+        if self._has_conditions(path):
+            return self._put(path, data, IfNoneMatch="*")
+        return not self.fs.exists(path) and self._put(path, data)
+
+    def swap(self, path: str, expected: bytes | None, new: bytes) -> bool:
+        """See `Writes.swap`; raises as `create` does."""
+        if expected is None:
+            return self.create(path, new)
+        present, etag = self._get(path)
+        if present != expected:
+            return False
+        return self._put(path, new, IfMatch=etag) if self._has_conditions(path) else self._put(path, new)
+
+    def _has_conditions(self, path: str) -> bool:
+        """Whether this store refuses a write whose condition is not met; asked once, beside the first path."""
+        if self._conditional is None:
+            folder, _, name = path.rpartition("/")
+            probe = f"{folder}/.{name}.{secrets.token_hex(8)}.tmp"
+            try:
+                self._put(probe, b"{}", IfNoneMatch="*")
+                again = self._put(probe, b"{}", IfNoneMatch="*")
+                other = self._put(probe, b"{}", IfMatch='"0"')
+                self._conditional = not again and not other
+            except OSError as error:
+                if _code(error.__cause__) != "NotImplemented":
+                    raise
+                self._conditional = False
+            finally:
+                self.fs.rm_file(probe)
+        if not self._conditional and not self.single_writer:
+            raise ConfigurationError(
+                f"run.store s3://{path.partition('/')[0]}: this store ignores conditional writes (If-None-Match, "
+                "If-Match), so two processes could overwrite each other's work; use a store that has them, or, if no "
+                "second process will ever write this run, set run.single_writer to true"
+            )
+        return self._conditional
+
+    def _put(self, path: str, data: bytes, **condition: str) -> bool:
+        """False if the condition is not met: also if a retry finds its own first attempt, whose reply was lost."""
+        bucket, key, _ = self.fs.split_path(path)
+        try:
+            self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+        except OSError as error:
+            if condition and _code(error.__cause__) == "PreconditionFailed":
+                return False
+            raise
+        return True
+
+    def _get(self, path: str) -> tuple[bytes | None, str]:
+        """An object's bytes with their ETag."""
+        try:
+            etag = self.fs.info(path)["ETag"]
+            data = self.fs.cat_file(path)
+        except FileNotFoundError:
+            return None, ""
+        return data, etag
+
+
+def _code(error: object) -> str | None:
+    """S3's name of an error."""
+    return error.response.get("Error", {}).get("Code") if isinstance(error, ClientError) else None

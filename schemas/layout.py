@@ -11,6 +11,8 @@ EVALS = "evals"
 DECISIONS = "decisions"
 REPORTS = "reports"
 SIGNALS = "signals"
+TOMBSTONES = "tombstones"
+LEASES = "leases"
 MODEL = "model"
 """The model directory without its weights: configuration, tokenizer, chat template."""
 MANIFEST = "manifest.json"
@@ -60,6 +62,17 @@ def decision(leg_id: str, step: int, guide_id: str | None) -> str:
     """The decision record of (leg, step), and of the guide if there is one already."""
     suffix = "" if guide_id is None else f"-{guide_id}"
     return f"{DECISIONS}/{leg_id}-{step:06d}{suffix}.json"
+
+
+def tombstone(created_at: str, nonce: str) -> str:
+    """Key of the tombstone of one removal: by time, where they are listed."""
+    moment = created_at[:19].replace("-", "").replace(":", "")
+    return f"{TOMBSTONES}/{moment}-{nonce}.json"
+
+
+def lease(writer: str) -> str:
+    """Key of a writer's lease."""
+    return f"{LEASES}/{writer}.json"
 
 
 def data_file(folder: str, name: str, sha256: str) -> str:

@@ -252,3 +252,35 @@ class SignalManifest(Manifest):
     spec: SignalSpec
     tokens: int = Field(ge=0)
     """Completion tokens sampled; not counted as training compute."""
+
+
+class Tombstone(Record):
+    """`tombstones/…json`: the big files of checkpoints that `npo gc` removed. Created before the first of them goes, so
+    a file that is missing was either removed on purpose, or is lost."""
+
+    checkpoints: tuple[CheckpointRef, ...]
+    """Whose files they are. Their manifests stay, so lineage and digests can be checked for ever."""
+    files: tuple[str, ...]
+    """Keys of the files, relative to the run's root."""
+    reason: str
+    """In words: the settings under which nothing kept them."""
+    created_at: str
+    """UTC, ISO 8601."""
+    nonce: str
+    """Random, one a removal."""
+
+
+class Lease(Record):
+    """`leases/…json`: a process has the run open to write. A hint for `npo gc` and for people, never a lock: what keeps
+    two writers apart is that records are created once and the head moves by compare-and-swap."""
+
+    writer: str
+    """Random, one a process and run."""
+    host: str
+    pid: int
+    acquired_at: str
+    """UTC, ISO 8601."""
+    renewed_at: str
+    """UTC, ISO 8601."""
+    ttl_seconds: int = Field(ge=1)
+    """It has expired when it was not renewed for so long."""

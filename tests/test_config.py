@@ -26,9 +26,13 @@ BASE: dict[str, Any] = {
     "future": {"interventions": [{"start": 0, "lookahead": 10}, {"start": 20, "lookahead": 10, "window": 20}]},
 }
 NO_RECIPE = (
-    {f"run.{name}" for name in ("name", "store", "total_steps", "segment_steps", "trackers", "tracker_dir")}
+    {
+        f"run.{name}"
+        for name in ("name", "store", "total_steps", "segment_steps", "trackers", "tracker_dir", "single_writer")
+    }
     | {f"{section}.{field}" for section, fields in NOT_RECIPE.items() for field in fields}
     | {"evaluation.every", "evaluation.samples"}
+    | {"retention.keep_last", "retention.keep_every", "retention.grace_hours"}
 )
 """What does not change the numbers that training computes, but for rounding."""
 

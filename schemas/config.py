@@ -192,17 +192,6 @@ class RetentionSection(Section):
     """Files that belong to nothing and are younger than this stay, for somebody may be about to commit them."""
 
 
-class RetentionSection(Section):
-    """What `npo gc` keeps beside what a run still needs. Not part of the run's identity."""
-
-    keep_last: int = Field(2, ge=1)
-    """Newest checkpoints that stay of every leg."""
-    keep_every: int = Field(0, ge=0)
-    """Main-line checkpoints at multiples of this many steps stay; 0: none for this reason."""
-    grace_hours: float = Field(24.0, ge=0, allow_inf_nan=False)
-    """Files that belong to nothing and are younger than this stay, for somebody may be about to commit them."""
-
-
 NOT_RECIPE = {
     "model": ("attention",),
     "rollout": ("max_rows",),
@@ -239,8 +228,6 @@ class Config(Section):
     """Rolling back by itself."""
     evaluation: EvaluationSection = EvaluationSection()
     """And how it is judged."""
-    retention: RetentionSection = RetentionSection()
-    """And what stays of it."""
     retention: RetentionSection = RetentionSection()
     """And what stays of it."""
 

@@ -43,9 +43,9 @@ def npo(
     )
 
 
-def run_arguments(config: str, store: Path, name: str, **overrides: object) -> list[str]:
-    """Arguments of `npo run` for a small run; overrides use `__` for the dot."""
-    values = {**SMALL, "run.store": f"file://{store}", "run.name": name}
+def run_arguments(config: str, store: Path | str, name: str, **overrides: object) -> list[str]:
+    """Arguments of `npo run` for a small run in a folder or at a store's URL; overrides use `__` for the dot."""
+    values = {**SMALL, "run.store": store if isinstance(store, str) else f"file://{store}", "run.name": name}
     if config != "testbed-npo":
         values = {key: value for key, value in values.items() if not key.startswith("future")}
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
@@ -73,7 +73,7 @@ EAGER = {
 """AutoNPO that warns as soon as entropy falls: at step 8, and at step 10 once it has been replayed."""
 
 
-def autonpo_arguments(store: Path, name: str, **overrides: object) -> list[str]:
+def autonpo_arguments(store: Path | str, name: str, **overrides: object) -> list[str]:
     """`run_arguments` of a small AutoNPO run that intervenes twice."""
     eager = {key.replace(".", "__"): value for key, value in EAGER.items()}
     return run_arguments("testbed-autonpo", store, name, **{**eager, **overrides})

@@ -97,17 +97,18 @@ def inspect(
 
       npo inspect runs/demo --prompt 3da5d573a679 --parquet one.parquet
     """
-    from npo_core import views
+    from npo_core import trajectories
+    from npo_core.rows import Where
 
     if source not in (None, "policy", "guide"):
         raise ConfigurationError(f"--source {source!r} is neither policy nor guide")
     opened = _open(run)
+    where = Where(step, None if prompt is None else (prompt,), source, min_reward)
     if parquet is not None:
-        rows = views.select(opened, step, prompt, source, min_reward)
-        count = views.export(rows if limit is None else rows.head(limit), parquet)
+        count = trajectories.export(opened, parquet, where, limit)
         emit(json, {"path": str(parquet), "count": count, "rows": []}, Text(f"{count} rows written to {parquet}"))
         return
-    found = views.inspect(opened, step, prompt, source, min_reward, limit or 20).to_dicts()
+    found = trajectories.inspect(opened, where, limit or 20).to_dicts()
     emit(json, {"rows": found}, Group(*map(_trajectory, found)) if found else "no trajectory meets these conditions")
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import polars as pl
 
-from npo_core import views
 from npo_core.artifacts import RunArtifacts
 from npo_core.controller import Verdict, check, choose
 from npo_core.monitor import observe
-from schemas import tables
+from npo_core.rows import Where, frame
 from schemas.decisions import Candidate, DecisionCode, DecisionRecord, Estimate, MonitorState
 from schemas.future import AutoNPOSection
 from schemas.records import LegRecord
@@ -49,7 +48,7 @@ def moments(run: RunArtifacts, settings: AutoNPOSection) -> Iterator[Moment]:
         if leg.kind not in ("main", "replay") or leg.parent is None:
             continue
         segments = run.segments(leg.leg_id)
-        seen = views.collect(views.scan(run, segments, "metrics", tables.METRICS).select("step", "reward", "entropy"))
+        seen = frame(run, segments, "metrics", ("step", "reward", "entropy"))
         metrics = {step: (reward, entropy) for step, reward, entropy in seen.iter_rows()}
         groups = _groups(run, leg)
         state = states.get((leg.parent.leg_id, leg.parent.step), MonitorState())
@@ -185,10 +184,10 @@ def _is_about(decision: DecisionRecord, leg: LegRecord, step: int) -> bool:
 
 def _groups(run: RunArtifacts, leg: LegRecord) -> dict[int, list[tuple[str, float]]]:
     """(prompt_id, group accuracy) of a leg's groups, by step."""
-    rows = views.scan(run, run.segments(leg.leg_id), "rollouts", tables.TRAJECTORIES)
-    first = rows.filter((pl.col("source") == "policy") & (pl.col("slot") == 0))
+    columns = ("step", "prompt_id", "group_accuracy", "slot")
+    rows = frame(run, run.segments(leg.leg_id), "rollouts", columns, Where(source="policy")).filter(pl.col("slot") == 0)
     groups: dict[int, list[tuple[str, float]]] = {}
-    for step, prompt_id, accuracy in views.collect(first.select("step", "prompt_id", "group_accuracy")).iter_rows():
+    for step, prompt_id, accuracy, _ in rows.iter_rows():
         groups.setdefault(step, []).append((prompt_id, accuracy))
     return groups
 

@@ -7,6 +7,7 @@ interface. Rows are prompt-major: row p·n + g is rollout g of prompt p.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -284,7 +285,7 @@ class Store(Protocol):
     def check(self, entry: FileEntry) -> None:
         """`read_data` without keeping the bytes."""
 
-    def open(self, entry: FileEntry) -> BinaryIO:
+    def open(self, entry: FileEntry) -> AbstractContextManager[BinaryIO]:
         """A data file, to read parts of: its size is checked, its hash is not (see `npo_core.parquet`).
 
         Raises:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,9 @@ from schemas.records import SCHEMA_VERSION
 
 ROW_GROUP_ROWS = 4096
 _VERSION_KEY = b"near_future.schema_version"
+_SPLIT = "behavior_logprobs"
+_TAIL = 8
+_RESTORE = "restore it from a copy"
 
 SCHEMAS: dict[str, pa.Schema] = {
     "rollouts": tables.TRAJECTORIES,
@@ -62,10 +67,23 @@ def encode(table: pa.Table, schema: pa.Schema) -> bytes:
         ValueError: see `canonical`.
     """
     sink = pa.BufferOutputStream()
+    # The bytes of a float apart, as equal exponents lie together then; everything else repeats: prompts, ids, names.
+    split = [path for path in _leaves(schema) if path.startswith(_SPLIT)]
     pq.write_table(
-        canonical(table, schema), sink, compression="zstd", use_dictionary=True, row_group_size=ROW_GROUP_ROWS
+        canonical(table, schema),
+        sink,
+        compression="zstd",
+        use_dictionary=[path for path in _leaves(schema) if path not in split],
+        column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+        row_group_size=ROW_GROUP_ROWS,
+        write_page_checksum=True,
     )
     return sink.getvalue().to_pybytes()
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Parquet's names of the columns."""
+    return [f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in schema]
 
 
 def decode(
@@ -83,20 +101,90 @@ def decode(
     Raises:
         StoreError: no Parquet, another version, or other columns; names the key.
     """
-    try:
-        present = pq.read_schema(pa.BufferReader(data))
-        version = (present.metadata or {}).get(_VERSION_KEY, b"none").decode()
-        if version != str(SCHEMA_VERSION):
-            raise StoreError(
-                f"{key} has schema version {version}, this program reads version {SCHEMA_VERSION}; "
-                "use the program that wrote it"
-            )
-        if not present.equals(schema, check_metadata=False):
-            differing = sorted(set(map(str, present)) ^ set(map(str, schema))) or ["the order of columns"]
-            raise StoreError(f"{key} has another schema ({'; '.join(differing)}); restore it from a copy")
+    with _readable(key):
+        _require_schema(pq.read_schema(pa.BufferReader(data)), schema, key)
         return pq.read_table(pa.BufferReader(data), columns=columns, filters=filters)
-    except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{key} is no readable Parquet file ({error}); restore it from a copy") from error
+    raise AssertionError  # `_readable` lets no error pass by
+
+
+def footer_digest(data: bytes) -> str:
+    """SHA-256 of a Parquet file's footer: where each column of each row group lies, and its statistics."""
+    return hashlib.sha256(data[-_footer_bytes(data[-_TAIL:]) :]).hexdigest()
+
+
+class RowGroups:
+    """A Parquet file of which parts are read. The footer is checked against its digest, and whatever is read against
+    the checksums of its pages: nothing that was altered is believed, and nothing else is read.
+
+    Args:
+        file: the open file.
+        digest: `footer_digest` as the manifest has it.
+        schema: what it must have.
+        key: its name in error messages.
+
+    Raises:
+        StoreError: the footer was altered, or the file has another schema; names the key.
+    """
+
+    def __init__(self, file: BinaryIO, digest: str, schema: pa.Schema, key: str) -> None:
+        self.key = key
+        with _readable(key):
+            file.seek(-_TAIL, os.SEEK_END)
+            size = _footer_bytes(file.read(_TAIL))
+            file.seek(-size, os.SEEK_END)
+            footer = file.read(size)
+            if hashlib.sha256(footer).hexdigest() != digest:
+                raise StoreError(f"{key} was altered: its footer's SHA-256 is not the manifest's; {_RESTORE}")
+            self._file = pq.ParquetFile(
+                file,
+                metadata=pq.read_metadata(pa.BufferReader(footer)),
+                page_checksum_verification=True,
+                pre_buffer=True,  # columns that lie side by side come in one request
+            )
+            _require_schema(self._file.schema_arrow, schema, key)
+        metadata = self._file.metadata
+        self.rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def bounds(self, group: int, column: str) -> tuple[Any, Any] | None:
+        """Least and greatest value of a column in a row group, if the file knows them."""
+        place = self._file.schema_arrow.names.index(column)
+        statistics = self._file.metadata.row_group(group).column(place).statistics
+        return (statistics.min, statistics.max) if statistics is not None and statistics.has_min_max else None
+
+    def read(self, groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        """Columns of row groups, in order.
+
+        Raises:
+            StoreError: a page was altered, or the store fails; names the key.
+        """
+        with _readable(self.key):
+            return self._file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
+        raise AssertionError
+
+
+def _footer_bytes(tail: bytes) -> int:
+    """Size of the footer with the file's last eight bytes: its length and the magic number."""
+    return int.from_bytes(tail[:4], "little") + _TAIL
+
+
+@contextmanager
+def _readable(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise StoreError(f"{key} is no readable Parquet file ({error}); {_RESTORE}") from error
+
+
+def _require_schema(present: pa.Schema, schema: pa.Schema, key: str) -> None:
+    version = (present.metadata or {}).get(_VERSION_KEY, b"none").decode()
+    if version != str(SCHEMA_VERSION):
+        raise StoreError(
+            f"{key} has schema version {version}, this program reads version {SCHEMA_VERSION}; "
+            "use the program that wrote it"
+        )
+    if not present.equals(schema, check_metadata=False):
+        differing = sorted(set(map(str, present)) ^ set(map(str, schema))) or ["the order of columns"]
+        raise StoreError(f"{key} has another schema ({'; '.join(differing)}); {_RESTORE}")
 
 
 def logical_digest(table: pa.Table, schema: pa.Schema) -> str:

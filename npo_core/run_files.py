@@ -50,11 +50,13 @@ class RunFiles:
             ValueError: the table has not the role's schema.
         """
         data = parquet.encode(table, parquet.SCHEMAS[role])
-        return self.store.put_data(folder, f"{role}.parquet", role, data, rows=table.num_rows)
+        entry = self.store.put_data(folder, f"{role}.parquet", role, data, rows=table.num_rows)
+        return entry.model_copy(update={"footer_sha256": parquet.footer_digest(data)})
 
     def manifests(self, folder: str, kind: type[ManifestT]) -> list[ManifestT]:
         """The committed manifests directly below a folder, by creation."""
-        found = (self.store.read(layout.manifest(f"{folder}/{name}"), kind) for name in self.store.list(folder))
+        keys = [layout.manifest(f"{folder}/{name}") for name in self.store.list(folder)]
+        found = self.store.read_all(keys, kind)
         return sorted((m for m in found if m is not None), key=lambda m: m.created_at)
 
 

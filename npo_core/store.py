@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.core import split_protocol
@@ -174,7 +174,8 @@ class FsspecStore:
         with self._explained(self._path(key)), suppress(FileNotFoundError):
             self.fs.rm_file(self._path(key))
 
-    def open(self, entry: FileEntry) -> Any:
+    @contextmanager
+    def open(self, entry: FileEntry) -> Iterator[BinaryIO]:
         """See `Store.open`."""
         path = self._path(entry.key)
         with self._explained(path):
@@ -183,10 +184,12 @@ class FsspecStore:
                 file = self.fs.open(path, "rb", cache_type="none")
             except FileNotFoundError as error:
                 raise StoreError(f"{path} is missing; restore it from a copy") from error
-        if file.size != entry.bytes:
-            file.close()
-            raise StoreError(f"{path} has {file.size} bytes, its manifest says {entry.bytes}; restore it from a copy")
-        return file
+            with file:
+                if file.size != entry.bytes:
+                    raise StoreError(
+                        f"{path} has {file.size} bytes, its manifest says {entry.bytes}; restore it from a copy"
+                    )
+                yield file
 
     @contextmanager
     def _explained(self, subject: object) -> Iterator[None]:

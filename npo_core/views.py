@@ -1,6 +1,6 @@
 """What a run says when it is read: frames and plain dictionaries behind the read-only commands and the report.
 
-Parquet is scanned lazily, and only the files that committed manifests name: debris in the store is never read.
+Only files that committed manifests name are read: debris in the store never is.
 """
 
 from __future__ import annotations
@@ -9,79 +9,21 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
 
 from npo_core import lineage
 from npo_core.artifacts import RunArtifacts, runs
-from npo_core.interfaces import ConfigurationError, NearFutureError, Store
+from npo_core.interfaces import NearFutureError, Store
+from npo_core.rows import frame
 from schemas import tables
-from schemas.records import EvalManifest, Head, LegRecord, Manifest, SegmentManifest
-
-READABLE = (
-    "leg_id",
-    "step",
-    "prompt_id",
-    "task",
-    "slot",
-    "source",
-    "behavior_step",
-    "reward",
-    "correct",
-    "verdict",
-    "finish_reason",
-    "advantage",
-    "group_accuracy",
-    "displaced",
-    "entropy",
-    "text",
-)
-"""Columns of a trajectory that a person reads; tokens and log-probabilities are in the export."""
-
-
-def scan(run: RunArtifacts, manifests: Sequence[Manifest], role: str, schema: pa.Schema) -> pl.LazyFrame:
-    """The rows of one role over many artifacts, lazily; an empty frame of `schema` if there are none.
-
-    Raises:
-        StoreError: a file is missing, truncated or edited; names it. Nothing is shown that was not committed.
-    """
-    files = [manifest.file(role) for manifest in manifests]
-    for file in files:
-        run.store.check(file)
-    paths = [f"{run.uri}/{file.key}" for file in files]
-    # No globbing: a store's path may itself hold brackets or stars.
-    return pl.scan_parquet(paths, glob=False) if paths else pl.DataFrame(schema.empty_table()).lazy()
-
-
-def collect(rows: pl.LazyFrame) -> pl.DataFrame:
-    """Reads a lazy frame.
-
-    Raises:
-        NearFutureError: a data file is missing or damaged.
-    """
-    try:
-        return rows.collect()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise NearFutureError(
-            f"a Parquet file of the run cannot be read ({str(error).splitlines()[0]}); `npo verify RUN` names the "
-            "damaged files, restore them from a copy"
-        ) from error
+from schemas.records import EvalManifest, Head, LegRecord, SegmentManifest
 
 
 def segments(run: RunArtifacts) -> dict[str, list[SegmentManifest]]:
     """Every leg's committed segments, by leg in the order of the legs."""
     return {leg.leg_id: run.segments(leg.leg_id) for leg in run.legs()}
-
-
-def trajectories(run: RunArtifacts, step: int | None = None) -> pl.LazyFrame:
-    """Every committed trajectory row, lazily (`schemas.tables.TRAJECTORIES`); of one step if it is given."""
-    every = itertools.chain.from_iterable(segments(run).values())
-    chosen = [segment for segment in every if step is None or segment.start <= step < segment.stop]
-    rows = scan(run, chosen, "rollouts", tables.TRAJECTORIES)
-    return rows if step is None else rows.filter(pl.col("step") == step)
 
 
 def steps(run: RunArtifacts) -> pl.DataFrame:
@@ -97,7 +39,7 @@ def steps(run: RunArtifacts) -> pl.DataFrame:
     """
     legs, guides, decisions = run.legs(), run.guides(), run.decisions()
     done = segments(run)
-    taken = collect(scan(run, list(itertools.chain.from_iterable(done.values())), "metrics", tables.METRICS))
+    taken = frame(run, list(itertools.chain.from_iterable(done.values())), "metrics", tables.METRICS.names)
     tokens: dict[str, dict[int, int]] = {leg.leg_id: {} for leg in legs}
     for leg_id, step, sampled in taken.select("leg_id", "step", pl.col("tokens/policy").cast(pl.Int64)).iter_rows():
         tokens[leg_id][step] = sampled
@@ -283,55 +225,6 @@ def show(run: RunArtifacts) -> dict[str, Any]:
         "interventions": [d.model_dump(mode="json") for d in decisions if d.intervene],
         "tokens": asdict(lineage.count_tokens(line, done, run.guides(), decisions)),
     }
-
-
-def select(
-    run: RunArtifacts,
-    step: int | None = None,
-    prompt: str | None = None,
-    source: str | None = None,
-    min_reward: float | None = None,
-) -> pl.LazyFrame:
-    """Trajectory rows that meet every given condition, lazily, sorted by leg, step, prompt, slot and source."""
-    rows = trajectories(run, step)
-    if prompt is not None:
-        rows = rows.filter(pl.col("prompt_id") == prompt)
-    if source is not None:
-        rows = rows.filter(pl.col("source") == source)
-    if min_reward is not None:
-        rows = rows.filter(pl.col("reward") >= min_reward)
-    return rows.sort("leg_id", "step", "prompt_id", "slot", "source")
-
-
-def inspect(
-    run: RunArtifacts,
-    step: int | None = None,
-    prompt: str | None = None,
-    source: str | None = None,
-    min_reward: float | None = None,
-    limit: int = 20,
-) -> pl.DataFrame:
-    """The first `limit` trajectories that meet the conditions, with the prompt's words (`prompt`) and `READABLE`."""
-    rows = collect(select(run, step, prompt, source, min_reward).select(READABLE).head(limit))
-    words = prompt_words(run)
-    return rows.with_columns(
-        prompt=pl.col("prompt_id").replace_strict(words, default="", return_dtype=pl.String) if words else pl.lit("")
-    )
-
-
-def export(rows: pl.LazyFrame, path: Path) -> int:
-    """Writes rows to a Parquet file, and returns how many.
-
-    Raises:
-        NearFutureError: a data file of the run is damaged.
-        ConfigurationError: the file cannot be written.
-    """
-    chosen = collect(rows)
-    try:
-        chosen.write_parquet(path)
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written ({error.strerror}); name another file") from error
-    return chosen.height
 
 
 def prompt_words(run: RunArtifacts) -> dict[str, str]:

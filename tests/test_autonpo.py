@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 
 from npo_core import lineage, views
 from npo_core.artifacts import RunArtifacts, open_run
 from npo_core.explain import moments
 from npo_core.monitor import recent_mistakes
+from npo_core.rows import Where
+from npo_core.trajectories import trajectories
 from npo_core.workspace import Workspace
+from schemas import tables
 from schemas.decisions import DecisionRecord
 from schemas.records import GuideManifest, LegRecord
 from tests.command import autonpo_arguments, last_json, npo, run_arguments, was_killed
@@ -77,7 +79,7 @@ def test_training_rolls_back_to_the_decisions_checkpoint_and_the_abandoned_steps
 def test_the_replay_uses_the_guide_for_the_decisions_mistakes_only(
     run: RunArtifacts, interventions: list[DecisionRecord]
 ) -> None:
-    rows = views.collect(views.trajectories(run).filter(pl.col("source") == "guide"))
+    rows = trajectories(run, tables.TRAJECTORIES.names, Where(source="guide"))
     assert rows.height > 0
     for decision in interventions:
         frozen = {mistake.prompt_id for mistake in decision.mistakes}

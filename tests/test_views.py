@@ -17,7 +17,9 @@ from npo_core import views
 from npo_core.artifacts import RunArtifacts, open_run
 from npo_core.compare import accuracy_at, compare, steps_to_accuracy, target_accuracy
 from npo_core.interfaces import ConfigurationError, NearFutureError
+from npo_core.rows import Where
 from npo_core.testbed import model_dir
+from npo_core.trajectories import inspect
 from schemas.records import LegRecord
 from tests.synthetic import GROUP, PROMPTS_A_STEP, build_run
 
@@ -112,14 +114,14 @@ def test_a_rollback_takes_steps_off_the_main_line_and_leaves_them_visible(tmp_pa
 
 
 def test_inspect_finds_what_was_asked_for_and_no_more(npo: RunArtifacts) -> None:
-    step = views.inspect(npo, step=7, limit=1000)
+    step = inspect(npo, Where(step=7), limit=1000)
     legs = {leg(npo, "scout", 5).leg_id, leg(npo, "replay", 5).leg_id}
     assert set(step["leg_id"]) == legs
     assert step.filter(pl.col("source") == "policy").height == 2 * PROMPTS_A_STEP * GROUP
-    guided = views.inspect(npo, source="guide", limit=1000)
+    guided = inspect(npo, Where(source="guide"), limit=1000)
     assert guided.height == views.steps(npo)["npo/replaced"].sum() > 0
     assert guided["correct"].all()
-    one = views.inspect(npo, prompt="p007", min_reward=1.0, limit=3)
+    one = inspect(npo, Where(prompts=("p007",), min_reward=1.0), limit=3)
     assert one.height == 3
     assert set(one["prompt_id"]) == {"p007"}
     assert one["reward"].min() == 1.0

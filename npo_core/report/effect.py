@@ -6,9 +6,9 @@ from typing import Any
 
 import polars as pl
 
-from npo_core import views
 from npo_core.artifacts import RunArtifacts
-from schemas import tables
+from npo_core.rows import frame
+from npo_core.trajectories import trajectories
 from schemas.records import GuideManifest
 
 
@@ -47,10 +47,10 @@ def before_and_after(run: RunArtifacts, steps: pl.DataFrame, start: int, stop: i
         them occur after it, and `after`, their mean group accuracy where they do so first. None where there are none.
     """
     line = steps.filter("main_line").select("leg_id", "step")
-    groups = views.collect(
-        views.trajectories(run)
+    groups = (
+        trajectories(run, ("leg_id", "step", "prompt_id", "group_accuracy", "source"))
         .filter(pl.col("step") >= start)
-        .join(line.lazy(), on=["leg_id", "step"], how="semi")
+        .join(line, on=["leg_id", "step"], how="semi")
         .group_by("prompt_id", "step")
         .agg(pl.col("group_accuracy").first(), replaced=(pl.col("source") == "guide").any())
         .sort("step")
@@ -80,9 +80,7 @@ def before_and_after(run: RunArtifacts, steps: pl.DataFrame, start: int, stop: i
 
 
 def _families(run: RunArtifacts, guide: GuideManifest, tasks: dict[str, str]) -> list[dict[str, Any]]:
-    solved = set(
-        views.collect(views.scan(run, [guide], "trajectories", tables.TRAJECTORIES).select("prompt_id"))["prompt_id"]
-    )
+    solved = set(frame(run, [guide], "trajectories", ("prompt_id",))["prompt_id"])
     wanted: dict[str, list[str]] = {}
     for prompt_id in guide.spec.prompt_ids:
         wanted.setdefault(tasks[prompt_id], []).append(prompt_id)

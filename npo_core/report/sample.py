@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ import polars as pl
 
 from npo_core import views
 from npo_core.artifacts import RunArtifacts
+from npo_core.rows import Where, frame, read_rows
+from schemas import tables
+from schemas.records import SegmentManifest
 
 MAX_GROUPS = 400
 """Most prompt groups in a report."""
@@ -50,20 +53,17 @@ def sample(run: RunArtifacts, steps: pl.DataFrame, token_text: Callable[[int], s
         steps: its `views.steps`.
         token_text: text of one token.
     """
-    index = views.collect(
-        views.trajectories(run)
+    segments = [segment for done in views.segments(run).values() for segment in done]
+    index = (
+        pl.concat(_sizes(run, segments))
         .group_by(GROUP)
-        .agg(
-            replaced=(pl.col("source") == "guide").any(),
-            tokens=pl.col("completion_ids").list.len().sum(),
-        )
-    ).sort("step", "leg_id", "prompt_id")
+        .agg(replaced=(pl.col("source") == "guide").any(), tokens=pl.col("tokens").sum())
+        .sort("step", "leg_id", "prompt_id")
+    )
     chosen = choose(index)
     kinds = {row["leg_id"]: row for row in steps.unique("leg_id").iter_rows(named=True)}
     on_line = set(steps.filter("main_line").select("leg_id", "step").iter_rows())
-    rows = views.collect(views.trajectories(run).join(chosen.lazy(), on=GROUP, how="semi")).sort(
-        *GROUP, "slot", "source"
-    )
+    rows = pl.concat(_rows_of(run, segments, chosen)).sort(*GROUP, "slot", "source")
     groups = [
         {
             "leg": leg_id,
@@ -82,6 +82,21 @@ def sample(run: RunArtifacts, steps: pl.DataFrame, token_text: Callable[[int], s
     groups.sort(key=lambda group: (group["step"], not group["main_line"], group["leg"], group["prompt_id"]))
     ids = sorted({token for group in groups for row in group["rows"] for token in row["ids"]})
     return Sample(groups, {i: token_text(i) for i in ids}, index.height, int(index["replaced"].sum()))
+
+
+def _sizes(run: RunArtifacts, segments: Sequence[SegmentManifest]) -> Iterator[pl.DataFrame]:
+    """`GROUP`, `source` and completion `tokens` of every row; the ids themselves leave memory at once."""
+    for table in read_rows(run, segments, "rollouts", (*GROUP, "source", "completion_ids")):
+        yield pl.DataFrame(table).with_columns(tokens=pl.col("completion_ids").list.len()).drop("completion_ids")
+
+
+def _rows_of(run: RunArtifacts, segments: Sequence[SegmentManifest], chosen: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """Whole rows of the chosen groups."""
+    for segment in segments:
+        here = chosen.filter(pl.col("step").is_between(segment.start, segment.stop - 1), leg_id=segment.leg_id)
+        if here.height:
+            asked = Where(prompts=frozenset(here["prompt_id"]))
+            yield frame(run, [segment], "rollouts", tables.TRAJECTORIES.names, asked).join(here, on=GROUP, how="semi")
 
 
 def choose(index: pl.DataFrame) -> pl.DataFrame:

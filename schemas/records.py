@@ -100,6 +100,9 @@ class FileEntry(Record):
     """SHA-256 of its bytes."""
     rows: int | None = Field(None, ge=0)
     """Rows of a Parquet file."""
+    footer_sha256: str | None = None
+    """SHA-256 of a Parquet file's footer: who reads parts of the file checks this, and the pages by their checksums.
+    Files of version 0.2 and earlier have none, and are read whole."""
 
 
 class Manifest(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -13,10 +14,21 @@ from npo_core.interfaces import ConfigurationError, NearFutureError, Store
 from npo_core.legs import Legs
 from npo_core.run_files import Environment, origin
 from npo_core.store import StoreError, open_store
+from npo_core.tombstones import removals
 from schemas import layout
 from schemas.decisions import DecisionRecord
 from schemas.digest import digest_json
-from schemas.records import CheckpointRef, EvalManifest, GuideManifest, GuideSpec, RunRecord, SignalManifest, SignalSpec
+from schemas.records import (
+    CheckpointManifest,
+    CheckpointRef,
+    EvalManifest,
+    GuideManifest,
+    GuideSpec,
+    RunRecord,
+    SegmentManifest,
+    SignalManifest,
+    SignalSpec,
+)
 
 if TYPE_CHECKING:  # it loads torch, which readers of a store do not need
     from npo_core.evaluate import Evaluation
@@ -39,32 +51,59 @@ def open_run(uri: str) -> RunArtifacts:
     return RunArtifacts(open_store(root), run_id)
 
 
-def main_line_checkpoints(run: RunArtifacts) -> dict[int, CheckpointRef]:
-    """The main line's checkpoints by step."""
-    found: dict[int, CheckpointRef] = {}
-    for stretch in lineage.main_line(run.legs(), run.head()):
+def line_checkpoints(
+    line: Sequence[lineage.Stretch],
+    segments: Mapping[str, Sequence[SegmentManifest]],
+    checkpoints: Iterable[CheckpointManifest],
+) -> dict[int, CheckpointManifest]:
+    """The checkpoints that lie on a main line, by step; removed ones too. The last one is its tip.
+
+    Args:
+        line: the main line.
+        segments: segments of its legs, by leg.
+        checkpoints: of these legs, and others.
+    """
+    found: dict[int, CheckpointManifest] = {}
+    stretches = {stretch.leg.leg_id: stretch for stretch in line}
+    for checkpoint in checkpoints:
+        stretch = stretches.get(checkpoint.leg_id)
+        if stretch is None or (stretch.stop is not None and checkpoint.step > stretch.stop):
+            continue
         # A checkpoint of a kill between it and its segment is not the main line's yet; the warm leg has no segments.
-        committed = {segment.stop for segment in run.segments(stretch.leg.leg_id)}
-        if stretch.leg.parent is None:
-            committed.add(stretch.start)
-        for checkpoint in run.checkpoints(stretch.leg.leg_id):
-            if checkpoint.step in committed and (stretch.stop is None or checkpoint.step <= stretch.stop):
-                found[checkpoint.step] = checkpoint.ref
-    return found
+        committed = {segment.stop for segment in segments.get(checkpoint.leg_id, ())}
+        if checkpoint.step in committed or (stretch.leg.parent is None and checkpoint.step == stretch.start):
+            found[checkpoint.step] = checkpoint
+    return dict(sorted(found.items()))
+
+
+def main_line_checkpoints(run: RunArtifacts) -> dict[int, CheckpointRef]:
+    """The main line's checkpoints by step, without those that `npo gc` removed."""
+    removed = removals(run.tombstones())
+    return {step: manifest.ref for step, manifest in _saved(run).items() if manifest.ref not in removed}
 
 
 def main_line_checkpoint(run: RunArtifacts, step: int | None = None) -> CheckpointRef:
     """The main line's checkpoint at a step, or its last one.
 
     Raises:
-        NearFutureError: there is none; names the steps that there are.
+        NearFutureError: there is none, or it was removed; names the steps that there are.
     """
     found = main_line_checkpoints(run)
     if not found or (step is not None and step not in found):
+        if step is not None and (removed := _saved(run).get(step)) is not None:
+            run.require_present(removed)
         wanted = "checkpoint" if step is None else f"checkpoint at step {step}"
         present = ", ".join(map(str, sorted(found))) or "none"
         raise NearFutureError(f"the main line of {run.uri} has no {wanted}; its steps: {present}")
     return found[max(found) if step is None else step]
+
+
+def _saved(run: RunArtifacts) -> dict[int, CheckpointManifest]:
+    """The main line's checkpoints by step, removed ones too."""
+    line = lineage.main_line(run.legs(), run.head())
+    names = [stretch.leg.leg_id for stretch in line]
+    segments = {name: run.segments(name) for name in names}
+    return line_checkpoints(line, segments, [found for name in names for found in run.checkpoints(name)])
 
 
 class RunArtifacts(Checkpoints, Legs):

@@ -4,7 +4,10 @@ get in or out."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
@@ -15,10 +18,11 @@ from npo_core.interfaces import LocalCheckpoint, NearFutureError
 from npo_core.monitor import MONITOR_FILE
 from npo_core.run_files import Environment, RunFiles, origin
 from npo_core.store import StoreError
+from npo_core.tombstones import big_files, removals, removed_keys
 from schemas import layout
 from schemas.decisions import MonitorState
 from schemas.digest import digest_json
-from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest
+from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest, Tombstone
 
 logger = logging.getLogger("npo")
 
@@ -121,8 +125,8 @@ class Checkpoints(RunFiles):
             weights_only: leave optimizer and state out.
 
         Raises:
-            NearFutureError: there is no such checkpoint, it is another one than `ref` says, or it holds a file that
-                could hold a pickle.
+            NearFutureError: there is no such checkpoint, it is another one than `ref` says, it was removed by
+                `npo gc`, or it holds a file that could hold a pickle.
         """
         manifest = self.require_checkpoint(ref.leg_id, ref.step)
         if manifest.digest != ref.digest:
@@ -130,6 +134,7 @@ class Checkpoints(RunFiles):
                 f"the checkpoint of leg {ref.leg_id} at step {ref.step} has digest {manifest.digest[:12]}, not "
                 f"{ref.digest[:12]} as it is referred to; restore it from a copy"
             )
+        self.require_present(manifest)
         for entry in manifest.files:
             if entry.role == "weights" or not weights_only:
                 self._fetch(entry, directory / _FOLDERS[entry.role] / entry.name)
@@ -152,6 +157,54 @@ class Checkpoints(RunFiles):
                         f"{self.uri}/{entry.key} holds no monitor state; restore it from a copy"
                     ) from error
         return MonitorState()
+
+    def tombstones(self) -> list[Tombstone]:
+        """What `npo gc` removed, by time."""
+        for name in self.store.list(layout.TOMBSTONES):
+            # They never change, and each checkout asks for all of them.
+            if name not in self._tombstones and name.endswith(".json"):
+                found = self.store.read(f"{layout.TOMBSTONES}/{name}", Tombstone)
+                if found is not None:
+                    self._tombstones[name] = found
+        return [self._tombstones[name] for name in sorted(self._tombstones)]
+
+    def removed(self) -> frozenset[str]:
+        """Keys of the files that `npo gc` removed, or was about to."""
+        return removed_keys(self.tombstones())
+
+    def bury(self, checkpoints: Sequence[CheckpointManifest], reason: str) -> Tombstone:
+        """Commits that the big files of these checkpoints go; removing them is the caller's part."""
+        tombstone = Tombstone(
+            checkpoints=tuple(manifest.ref for manifest in checkpoints),
+            files=tuple(entry.key for manifest in checkpoints for entry in big_files(manifest)),
+            reason=reason,
+            created_at=datetime.now(UTC).isoformat(),
+            nonce=secrets.token_hex(16),
+        )
+        return self.store.create(layout.tombstone(tombstone.created_at, tombstone.nonce), tombstone)
+
+    def require_present(self, manifest: CheckpointManifest) -> None:
+        """Refuses a checkpoint that `npo gc` removed.
+
+        Raises:
+            NearFutureError: says when and why, and which steps of the leg are there.
+        """
+        removed = removals(self.tombstones())
+        removal = removed.get(manifest.ref)
+        if removal is None:
+            return
+        kept = [other.step for other in self.checkpoints(manifest.leg_id) if other.ref not in removed]
+        raise NearFutureError(
+            f"the checkpoint of leg {manifest.leg_id} of {self.uri} at step {manifest.step} was removed by `npo gc` on "
+            f"{removal.created_at[:16].replace('T', ' ')} UTC ({removal.reason}); choose a step that the leg still has "
+            f"({', '.join(map(str, kept)) or 'none'}); raise retention.keep_last or set retention.keep_every to keep "
+            "such ones"
+        )
+
+    @cached_property
+    def _tombstones(self) -> dict[str, Tombstone]:
+        """Those read so far, by name."""
+        return {}
 
     def _fetch(self, entry: FileEntry, target: Path) -> None:
         require_safe_name(entry.name)

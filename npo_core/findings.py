@@ -11,8 +11,9 @@ import pyarrow as pa
 from npo_core.artifacts import RunArtifacts
 from npo_core.checkpoints import require_safe_name
 from npo_core.interfaces import ManifestT, NearFutureError, RecordT
+from npo_core.tombstones import removed_keys
 from schemas import layout
-from schemas.records import Manifest
+from schemas.records import Manifest, Tombstone
 
 RESTORE = "restore it from a copy"
 
@@ -38,6 +39,8 @@ class Findings:
     def __init__(self, run: RunArtifacts) -> None:
         self.run = run
         self.faults: list[Fault] = []
+        self.removed: frozenset[str] = frozenset()
+        """Keys of files that may be missing: tombstones name them."""
 
     def expect(self, holds: bool, key: str, problem: str, remedy: str = RESTORE) -> None:
         """Notes a fault unless `holds`."""
@@ -69,12 +72,20 @@ class Findings:
         """A folder's manifest; None where there is none (debris), or a damaged one."""
         return self.read(layout.manifest(folder), kind)
 
+    def tombstones(self) -> dict[str, Tombstone]:
+        """The run's tombstones by key; from here on, the files that they name may be missing."""
+        keys = [f"{layout.TOMBSTONES}/{name}" for name in self.names(layout.TOMBSTONES)]
+        found = {key: tombstone for key in keys if (tombstone := self.read(key, Tombstone)) is not None}
+        self.removed = removed_keys(found.values())
+        return found
+
     def files(self, manifest: Manifest, remedy: str = RESTORE) -> None:
         """Checks name, size and hash of an artifact's files."""
         for entry in manifest.files:
             with self.about(entry.key, remedy):
                 require_safe_name(entry.name)
-                self.run.store.check(entry)
+                if entry.key not in self.removed:
+                    self.run.store.check(entry)
 
     def table(self, manifest: Manifest, folder: str, role: str) -> pa.Table | None:
         """A table whose bytes, schema and number of rows are right, or None."""

@@ -8,12 +8,13 @@ from typing import Any
 import pyarrow as pa
 
 from npo_core import lineage
-from npo_core.artifacts import RunArtifacts
+from npo_core.artifacts import RunArtifacts, line_checkpoints
 from npo_core.checkpoints import files_digest
 from npo_core.findings import Fault, Findings, redo
 from npo_core.interfaces import NearFutureError, Prompt, Verifier
 from npo_core.legs import segment_digest
 from npo_core.prompts import PromptTable
+from npo_core.verify_removals import check_removals
 from schemas import layout
 from schemas.decisions import DecisionRecord
 from schemas.records import (
@@ -69,11 +70,13 @@ class _Verification:
         self.answers: dict[str, dict[str, list[list[int]]]] = {}
         """By guide and prompt."""
         self.segments: dict[str, list[SegmentManifest]] = {}
+        self.tip: CheckpointRef | None = None
 
     def check(self) -> None:
         """What others refer to comes first."""
         names = self.findings.names
         self._check_run()
+        removals = self.findings.tombstones()
         for name in names(layout.LEGS):
             self._read_leg(name)
             for step in names(layout.checkpoints(name)):
@@ -87,6 +90,7 @@ class _Verification:
             self.segments[leg.leg_id] = sorted(found, key=lambda segment: (segment.start, segment.stop))
             self._check_steps(leg)
         self._check_line()
+        check_removals(self.findings, removals, self.checkpoints.values(), self.tip)
         for name in names(layout.EVALS):
             self._check_evaluation(name)
         for name in names(layout.SIGNALS):
@@ -154,7 +158,10 @@ class _Verification:
             self.expect(not started or len(self.findings.faults) > before, layout.HEAD, "is missing")
             return
         with self.findings.about(layout.HEAD):
-            for stretch in lineage.main_line(self.legs.values(), head):
+            line = lineage.main_line(self.legs.values(), head)
+            saved = line_checkpoints(line, self.segments, self.checkpoints.values())
+            self.tip = saved[max(saved)].ref if saved else None
+            for stretch in line:
                 stops = {stretch.start, *(segment.stop for segment in self.segments[stretch.leg.leg_id])}
                 key = layout.segments(stretch.leg.leg_id)
                 problem = f"no segment ends at step {stretch.stop}, where the main line leaves the leg"

@@ -1,7 +1,9 @@
-"""The runs that are open in this process, by URI: tasks take a URI, and share one engine."""
+"""The runs that are open in this process, by URI: tasks take a URI, and share one engine. While one is open, this
+process holds a lease of it."""
 
 from __future__ import annotations
 
+import atexit
 from typing import TYPE_CHECKING
 
 from prefect import task
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from npo_core.workspace import Workspace
 
 _OPEN: dict[str, Workspace] = {}
+_LEASED: set[str] = set()
 
 
 def workspace(run: str) -> Workspace:
@@ -22,6 +25,7 @@ def workspace(run: str) -> Workspace:
         from npo_core.workspace import Workspace
 
         _OPEN[run] = Workspace.of(open_run(run))
+        _lease(_OPEN[run])
     return _OPEN[run]
 
 
@@ -32,4 +36,16 @@ def begin_run(config: Config) -> str:
 
     opened = begin(config)
     _OPEN[opened.run.uri] = opened
+    _lease(opened)
     return opened.run.uri
+
+
+def _lease(opened: Workspace) -> None:
+    """Says, until this process ends, that it may write the run."""
+    from npo_core.leases import hold
+
+    if opened.run.uri not in _LEASED:
+        _LEASED.add(opened.run.uri)
+        held = hold(opened.run)
+        if held is not None:
+            atexit.register(held.release)

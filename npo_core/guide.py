@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -62,20 +63,19 @@ GuideTrajectories = Mapping[str, tuple[GuideTrajectory, ...]]
 
 
 def read_guide(
-    table: pa.Table, verify: Callable[[str, Sequence[int]], Verdict], encode: Callable[[str], np.ndarray]
-) -> GuideTrajectories:
-    """A guide's trajectories, each verified again: nothing unverified is ever replayed.
+    tables: Iterable[pa.Table], verify: Callable[[str, Sequence[int]], Verdict], encode: Callable[[str], np.ndarray]
+) -> Iterator[GuideTrajectory]:
+    """A guide's trajectories, each verified again as it comes: nothing unverified is ever replayed.
 
     Args:
-        table: rows by `schemas.tables.TRAJECTORIES`, of each prompt in sampling order.
+        tables: rows by `schemas.tables.TRAJECTORIES`, of each prompt in sampling order.
         verify: judges (prompt_id, completion_ids).
         encode: prompt_id to the token ids that the run gives to its policy.
 
     Raises:
         NearFutureError: an answer is not correct, is truncated, or its prompt has other token ids in this run.
     """
-    guide: dict[str, tuple[GuideTrajectory, ...]] = {}
-    for row in table.to_pylist():
+    for row in chain.from_iterable(table.to_pylist() for table in tables):
         prompt_id = row["prompt_id"]
         verdict = verify(prompt_id, row["completion_ids"])
         if not verdict.correct or row["finish_reason"] != "stop":
@@ -88,7 +88,7 @@ def read_guide(
                 f"guide {row['leg_id']}: prompt {prompt_id} was encoded with another tokenizer or template; "
                 "make the guide again under this run's"
             )
-        trajectory = GuideTrajectory(
+        yield GuideTrajectory(
             prompt_id,
             np.array(row["completion_ids"], np.int32),
             np.array(row["behavior_logprobs"], np.float32),
@@ -100,5 +100,11 @@ def read_guide(
             row["behavior_step"],
             row["behavior_digest"],
         )
-        guide[prompt_id] = (*guide.get(prompt_id, ()), trajectory)
+
+
+def by_prompt(trajectories: Iterable[GuideTrajectory]) -> GuideTrajectories:
+    """Trajectories by their prompts, in the order in which they come."""
+    guide: dict[str, tuple[GuideTrajectory, ...]] = {}
+    for trajectory in trajectories:
+        guide[trajectory.prompt_id] = (*guide.get(trajectory.prompt_id, ()), trajectory)
     return guide

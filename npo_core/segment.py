@@ -46,8 +46,8 @@ class LegContext:
     decode: Callable[[Sequence[int]], str]
     """Token ids of a completion to the text that the verifier judges."""
     stop_ids: tuple[int, ...]
-    guide: GuideTrajectories
-    """Empty where nothing is mixed in."""
+    guide: GuideTrajectories | None
+    """For the prompts of these steps; None where nothing is mixed in."""
     weights_digest: str
     """Weights that the segment starts from, as recorded in its rows."""
     monitor: MonitorState = field(default_factory=MonitorState)
@@ -97,8 +97,8 @@ def run_segment(
         generated = time.perf_counter()
         groups = judge(context, groups)
         verified = time.perf_counter()
-        mixed, replacement = mix_groups(step, groups, context.guide, context.config.algorithm)
-        if not context.guide:
+        mixed, replacement = mix_groups(step, groups, context.guide or {}, context.config.algorithm)
+        if context.guide is None:
             # No guide was to be had: none is missing.
             del replacement["npo/guide_missing"]
         updated = learner.step(train_batch(step, mixed))

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +20,13 @@ from pydantic import ValidationError
 from npo_core import lineage
 from npo_core.artifacts import RunArtifacts
 from npo_core.engine import Engine
-from npo_core.guide import GuideTrajectories, read_guide
+from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
 from npo_core.interfaces import LocalCheckpoint, NearFutureError, Prompt
 from npo_core.policy import Policy, choose_device, device_name
 from npo_core.prompts import PromptTable, encode, load_verifier
+from npo_core.rows import EVERY_ROW, Where, read_rows
 from npo_core.segment import LegContext
-from schemas import layout
+from schemas import layout, tables
 from schemas.config import Config
 from schemas.decisions import MonitorState
 from schemas.records import CheckpointRef, GuideManifest, LegKind, LegRecord, RunRecord
@@ -50,7 +51,6 @@ class Workspace:
         self._engine: Engine | None = None
         self._holds: tuple[str, float | None] | None = None
         # Checkpoint and learning rate; no rate: weights alone.
-        self._guides: dict[str, GuideTrajectories] = {}
 
     @classmethod
     def of(cls, run: RunArtifacts) -> Workspace:
@@ -179,27 +179,35 @@ class Workspace:
             encode=self.encode,
             decode=self.decode,
             stop_ids=self.stop_ids,
-            guide=guide or {},
+            guide=guide,
             weights_digest=weights_digest,
             monitor=monitor or MonitorState(),
         )
 
-    def guide(self, guide_id: str) -> GuideTrajectories:
-        """A guide's trajectories, each verified again when they are first read.
+    def guide(self, guide_id: str, prompts: Collection[str]) -> GuideTrajectories | None:
+        """A guide's trajectories for some prompts; None if it has none for any prompt. Of a large guide only what is
+        asked for stays in memory.
 
         Raises:
-            NearFutureError: there is none, or it was made under another tokenizer, template or verifier.
+            NearFutureError: see `guide_trajectories`.
         """
-        if guide_id not in self._guides:
-            manifest = self.run.require_guide(guide_id)
-            require_same_terms(manifest, self.record)
-            table = self.run.table(manifest, "trajectories")
-            self._guides[guide_id] = read_guide(
-                table,
-                lambda prompt_id, ids: self.verifier.verify(self.prompts.get(prompt_id), self.decode(ids)),
-                lambda prompt_id: self.encode(self.prompts.get(prompt_id)),
-            )
-        return self._guides[guide_id]
+        found = by_prompt(self.guide_trajectories(guide_id, Where(prompts=prompts)))
+        return found if found or self.run.require_guide(guide_id).solved else None
+
+    def guide_trajectories(self, guide_id: str, where: Where = EVERY_ROW) -> Iterator[GuideTrajectory]:
+        """A guide's trajectories one by one, each verified again.
+
+        Raises:
+            NearFutureError: there is no such guide, it was made under another tokenizer, template or verifier, or an
+                answer does not hold.
+        """
+        manifest = self.run.require_guide(guide_id)
+        require_same_terms(manifest, self.record)
+        return read_guide(
+            read_rows(self.run, [manifest], "trajectories", tables.TRAJECTORIES.names, where),
+            lambda prompt_id, ids: self.verifier.verify(self.prompts.get(prompt_id), self.decode(ids)),
+            lambda prompt_id: self.encode(self.prompts.get(prompt_id)),
+        )
 
     @contextlib.contextmanager
     def _checked_out(self, ref: CheckpointRef, weights_only: bool) -> Iterator[LocalCheckpoint]:

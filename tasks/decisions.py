@@ -32,7 +32,7 @@ def record_schedule(run: str, guide_id: str) -> Replay:
 
     opened = workspace(run)
     # Read, verified and looked up before anything moves: what is refused must not cost the main line its steps.
-    if not opened.guide(guide_id):
+    if not sum(1 for _ in opened.guide_trajectories(guide_id)):
         logger.warning("guide %s solves no prompt: its replay will repeat the main line", guide_id)
     manifest = opened.run.require_guide(guide_id)
     spec = manifest.spec

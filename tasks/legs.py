@@ -56,6 +56,7 @@ def train_segment(run: str, leg: LegRecord, start: int, stop: int) -> SegmentMan
 
 
 def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) -> SegmentManifest:
+    from npo_core.guide_sources import window_steps
     from npo_core.monitor import MONITOR_FILE
     from npo_core.progress import progress_bar
     from npo_core.segment import run_segment
@@ -68,13 +69,13 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
     before = opened.run.require_checkpoint(parent.leg_id, parent.step)
     fingerprint = environment(opened.config)
     warn_of_changes(before.environment, fingerprint)
-    guide = opened.guide(leg.guide_id) if leg.guide_id else {}
+    guide = opened.guide(leg.guide_id, window_steps(opened.prompts, start, stop)) if leg.guide_id else None
     context = opened.context(leg.leg_id, before.weights_digest, guide, opened.run.monitor_state(parent), leg.kind)
     opened.trained()
     with progress_bar(f"{leg.kind} {start}-{stop}", stop - start) as bar:
 
         def on_step(done: int, metrics: Mapping[str, float]) -> None:
-            bar(done - start, {name: metrics[name] for name in WATCHED if name != "npo/replaced" or guide})
+            bar(done - start, {name: metrics[name] for name in WATCHED if name != "npo/replaced" or guide is not None})
 
         tables = run_segment(context, engine.generator, engine.learner, start, stop, on_step)
     with tempfile.TemporaryDirectory(dir=opened.scratch) as directory:

@@ -20,7 +20,7 @@ from npo_core import lineage
 from npo_core.artifacts import RunArtifacts, prompts_digest
 from npo_core.evaluate import Evaluation
 from npo_core.groups import Group, group_rows, mix_groups, step_metrics
-from npo_core.guide import GuideTrajectories, GuideTrajectory, read_guide
+from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
 from npo_core.interfaces import Prompt, Rollouts, Verdict
 from npo_core.prompts import PromptTable, to_arrow
 from npo_core.store import open_store
@@ -267,10 +267,12 @@ class _Builder:
         return self.artifacts.commit_guide(spec, table, tokens, ENVIRONMENT)
 
     def _trajectories(self, guide: GuideManifest) -> GuideTrajectories:
-        return read_guide(
-            self.artifacts.table(guide, "trajectories"),
-            lambda prompt_id, ids: self.verifier.verify(self.prompts.get(prompt_id), decode(ids)),
-            lambda prompt_id: encode(self.prompts.get(prompt_id).messages[0]["content"]),
+        return by_prompt(
+            read_guide(
+                [self.artifacts.table(guide, "trajectories")],
+                lambda prompt_id, ids: self.verifier.verify(self.prompts.get(prompt_id), decode(ids)),
+                lambda prompt_id: encode(self.prompts.get(prompt_id).messages[0]["content"]),
+            )
         )
 
     def _evaluate(self, policy: _Policy) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from npo_core.begin import begin, warm_start
 from npo_core.groups import mix_groups
-from npo_core.guide import GuideTrajectories, read_guide
+from npo_core.guide import GuideTrajectories, by_prompt, read_guide
 from npo_core.guide_sources import sample_answers, window_steps
 from npo_core.interfaces import NearFutureError
 from npo_core.segment import LegContext, judge, run_segment, sample_groups, train_batch
@@ -39,10 +39,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return opened
 
 
+def kept(table: pa.Table, workspace: Workspace) -> GuideTrajectories:
+    return by_prompt(read_guide([table], verify_in(workspace), encode_in(workspace)))
+
+
 @pytest.fixture(scope="module")
 def guide(workspace: Workspace) -> GuideTrajectories:
     """Verified answers of the warm-started policy itself, many samples a prompt."""
-    return read_guide(made(workspace)[0], verify_in(workspace), encode_in(workspace))
+    return kept(made(workspace)[0], workspace)
 
 
 def made(workspace: Workspace, k: int = 24, answers: int = 1) -> tuple[pa.Table, int]:
@@ -185,16 +189,16 @@ def test_a_guide_keeps_the_first_correct_answer_that_ended_by_itself(workspace: 
 def test_a_guide_keeps_as_many_correct_answers_as_slots_may_be_taken(workspace: Workspace) -> None:
     (one, tokens), (three, same_tokens) = made(workspace), made(workspace, answers=3)
     assert tokens == same_tokens, "all K are sampled, whatever is kept"
-    read = read_guide(three, verify_in(workspace), encode_in(workspace))
-    assert {len(kept) for kept in read.values()} == {1, 2, 3}
-    first = read_guide(one, verify_in(workspace), encode_in(workspace))
-    assert {prompt: kept[0].completion_ids.tolist() for prompt, kept in read.items()} == {
-        prompt: kept[0].completion_ids.tolist() for prompt, kept in first.items()
+    read = kept(three, workspace)
+    assert {len(found) for found in read.values()} == {1, 2, 3}
+    first = kept(one, workspace)
+    assert {prompt: found[0].completion_ids.tolist() for prompt, found in read.items()} == {
+        prompt: found[0].completion_ids.tolist() for prompt, found in first.items()
     }
-    for prompt, kept in read.items():
+    for prompt, found in read.items():
         slots = [row["slot"] for row in three.to_pylist() if row["prompt_id"] == prompt]
         assert slots == sorted(set(slots))
-        assert len(slots) == len(kept)
+        assert len(slots) == len(found)
 
 
 @pytest.mark.parametrize(
@@ -212,4 +216,4 @@ def test_a_stored_answer_that_does_not_hold_is_refused(
     rows = table.to_pylist()
     rows[0][column] = value
     with pytest.raises(NearFutureError, match=message):
-        read_guide(pa.Table.from_pylist(rows, table.schema), verify_in(workspace), encode_in(workspace))
+        kept(pa.Table.from_pylist(rows, table.schema), workspace)

@@ -121,15 +121,14 @@ def decided_rollbacks(question: Question) -> Iterator[Reason]:
 
 
 def possible_rollbacks(question: Question) -> Iterator[Reason]:
-    """Where AutoNPO may still roll back to: each rollback goes at most `lookback` steps back from where it stands, so
-    all that remain go no farther than their number times that."""
+    """Where AutoNPO may still roll back to. Each rollback is replayed to where it was decided before the next one is
+    thought of, so none ever starts from before today's tip, or goes farther than `lookback` from it."""
     settings, line = question.config.autonpo, question.found.line
     if question.config.algorithm.method != "autonpo" or not line:
         return
     spent = sum(decision.intervene for decision in question.found.decisions if decision.source == "autonpo")
-    remaining = settings.max_interventions - spent
-    if remaining > 0:
-        first = max(line) - remaining * settings.lookback
+    if spent < settings.max_interventions:
+        first = max(line) - settings.lookback
         yield from ((c.ref, "AutoNPO may roll back to it") for step, c in line.items() if step >= first)
 
 

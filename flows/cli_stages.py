@@ -58,7 +58,7 @@ def _in_words(made: str | CheckpointRef | GuideManifest | EvalManifest | Decisio
             return f"leg {made.leg_id} at step {made.step}"
         case GuideManifest():
             window = f"steps {made.spec.start}–{made.spec.stop}"
-            return f"guide {made.guide_id} solves {made.solved} of {len(made.spec.prompt_ids)} prompts of {window}"
+            return f"guide {made.guide_id} solves {made.solved} of {made.asked} prompts of {window}"
         case EvalManifest():
             return f"accuracy {made.accuracy:.3f} of leg {made.checkpoint.leg_id} at step {made.checkpoint.step}"
     return made

@@ -192,16 +192,24 @@ class RunArtifacts(Checkpoints, Legs):
         """All guides, by creation."""
         return self.manifests(layout.GUIDES, GuideManifest)
 
+    def guide_spec(self, guide: GuideManifest) -> GuideSpec:
+        """What a guide was made of, the prompts of its window included."""
+        if guide.spec.prompt_ids or not any(entry.role == "window" for entry in guide.files):
+            return guide.spec  # of version 0.2 or earlier
+        window = self.table(guide, "window")["prompt_id"].to_pylist()
+        return guide.spec.model_copy(update={"prompt_ids": tuple(window)})
+
     def commit_guide(
         self, spec: GuideSpec, trajectories: pa.Table, tokens_guide: int, environment: Environment
     ) -> GuideManifest:
         """Commits the trajectories of a guide, at most `spec.answers` a prompt."""
         guide_id = lineage.guide_id(spec)
         folder = layout.guide(guide_id)
+        window = pa.table({"prompt_id": pa.array(spec.prompt_ids, pa.string())}, parquet.SCHEMAS["window"])
         manifest = GuideManifest(
-            files=(self.put_table(folder, "trajectories", trajectories),),
+            files=(self.put_table(folder, "trajectories", trajectories), self.put_table(folder, "window", window)),
             guide_id=guide_id,
-            spec=spec,
+            spec=spec.model_copy(update={"prompt_ids": ()}),
             solved=len(trajectories["prompt_id"].unique()),
             tokens_guide=tokens_guide,
             **origin(environment),

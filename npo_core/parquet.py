@@ -30,6 +30,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "metrics": tables.METRICS,
     "telemetry": tables.TELEMETRY,
     "prompts": tables.PROMPTS,
+    "window": tables.WINDOW,
     "signal": tables.SIGNAL,
 }
 """Schema of a file by its role."""
@@ -39,7 +40,9 @@ def row_order(schema: pa.Schema) -> tuple[str, ...]:
     """The columns that rows are sorted by; none for prompts, whose order says which batch they are in."""
     if schema.names == tables.TRAJECTORIES.names:
         return tables.TRAJECTORY_ORDER
-    return ("step",) if "step" in schema.names else ()
+    if schema.names == tables.PROMPTS.names:
+        return ()
+    return ("step",) if "step" in schema.names else ("prompt_id",)
 
 
 def canonical(table: pa.Table, schema: pa.Schema) -> pa.Table:

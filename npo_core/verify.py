@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from npo_core import lineage
 from npo_core.artifacts import RunArtifacts, line_checkpoints
@@ -190,6 +191,8 @@ class _Verification:
         if manifest is None:
             return
         key, spec = layout.manifest(folder), manifest.spec
+        with self.findings.about(key, redo(folder)):
+            spec = self.run.guide_spec(manifest)
         wanted = lineage.guide_id(spec)
         self.expect(manifest.guide_id == name == wanted, key, f"was altered: it is of a guide {wanted}")
         self._expect_checkpoint(key, "its policy", spec.checkpoint)
@@ -206,11 +209,12 @@ class _Verification:
         self.expect(most <= spec.answers, key, f"has {most} answers to a prompt, not {spec.answers}", redo(folder))
         problem = f"answers {len(answers)} prompts, not {manifest.solved}"
         self.expect(len(answers) == manifest.solved, key, problem, redo(folder))
+        window = frozenset(spec.prompt_ids)
         with self.findings.about(key):  # a damaged tokenizer cannot decode
             for row in rows:
-                self._check_answer(key, folder, spec.prompt_ids, row)
+                self._check_answer(key, folder, window, row)
 
-    def _check_answer(self, key: str, folder: str, window: Sequence[str], row: dict[str, Any]) -> None:
+    def _check_answer(self, key: str, folder: str, window: Collection[str], row: dict[str, Any]) -> None:
         prompt_id = row["prompt_id"]
         prompt = self._prompt(prompt_id)
         self.expect(prompt_id in window, key, f"prompt {prompt_id} is none of its window", redo(folder))
@@ -246,16 +250,17 @@ class _Verification:
         key, remedy = manifest.file("rollouts").key, redo(folder)
         unique = table.group_by(list(TRAJECTORY_KEY)).aggregate([]).num_rows
         self.expect(unique == table.num_rows, key, f"{table.num_rows - unique} rows are there twice", remedy)
-        steps = set(table["step"].to_pylist())
+        steps = set(table["step"].unique().to_pylist())
         self.expect(steps == set(range(manifest.start, manifest.stop)), key, "has not the segment's steps", remedy)
         for column, wanted in (("leg_id", leg.leg_id), ("verifier", self.record.verifier), ("run_id", self.run.run_id)):
-            values = set(table[column].to_pylist())
+            values = set(table[column].unique().to_pylist())
             self.expect(values == {wanted}, key, f"{column} is {', '.join(sorted(values))}, not {wanted}", remedy)
         answers = self.answers.get(leg.guide_id or "", {})
-        columns = ["source", "step", "prompt_id", "completion_ids"]
-        for source, step, prompt_id, ids in zip(*(table[name].to_pylist() for name in columns), strict=True):
+        mixed = table.filter(pc.not_equal(table["source"], "policy"))
+        columns = ["step", "prompt_id", "completion_ids"]
+        for step, prompt_id, ids in zip(*(mixed[name].to_pylist() for name in columns), strict=True):
             problem = f"step {step}: the guide row of prompt {prompt_id} is not the guide's answer"
-            self.expect(source == "policy" or ids in answers.get(prompt_id, ()), key, problem, remedy)
+            self.expect(ids in answers.get(prompt_id, ()), key, problem, remedy)
 
     def _check_evaluation(self, name: str) -> None:
         folder = layout.evaluation(name)

@@ -218,7 +218,7 @@ def show(run: RunArtifacts) -> dict[str, Any]:
                 "start": guide.spec.start,
                 "stop": guide.spec.stop,
                 "solved": guide.solved,
-                "prompts": len(guide.spec.prompt_ids),
+                "prompts": guide.asked,
             }
             for guide in run.guides()
         ],

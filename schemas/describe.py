@@ -57,6 +57,13 @@ FILES = {
         "the order that batches draw from, the training pool first",
         tables.PROMPTS,
     ),
+    "Window": Described(
+        ("window",),
+        (f"{layout.GUIDES}/GUIDE/window-HASH.parquet",),
+        "One distinct prompt of a guide's window, solved or not.",
+        "`prompt_id`",
+        tables.WINDOW,
+    ),
     "Signal": Described(
         ("signal",),
         (f"{layout.SIGNALS}/SIGNAL/signal-HASH.parquet",),

@@ -88,8 +88,8 @@ class FileEntry(Record):
     """One data file of an artifact."""
 
     role: str
-    """What it is: `rollouts`, `metrics`, `telemetry`, `weights`, `optimizer`, `state`, `trajectories`, `samples`,
-    `monitor`, `signal`."""
+    """What it is: `rollouts`, `metrics`, `telemetry`, `weights`, `optimizer`, `state`, `trajectories`,
+    `window`, `samples`, `monitor`, `signal`."""
     name: str
     """Its name where a reader expects one, say `model.safetensors`."""
     key: str
@@ -176,7 +176,8 @@ class GuideSpec(Record):
     stop: int = Field(ge=1)
     """First step after the window (t+W)."""
     prompt_ids: tuple[str, ...]
-    """Distinct prompts of the window, sorted."""
+    """Distinct prompts of the window, sorted. In a manifest none: they are in its file of role `window`, so that who
+    looks up a few trajectories of a large guide need not read them all."""
     k: int = Field(ge=1)
     """Answers sampled a prompt."""
     temperature: float
@@ -201,6 +202,12 @@ class GuideManifest(Manifest):
     """Prompts for which at least one trajectory is stored."""
     tokens_guide: int = Field(ge=0)
     """Completion tokens that the guide sampled, wrong answers included."""
+
+    @property
+    def asked(self) -> int:
+        """Distinct prompts of its window."""
+        windows = [entry.rows for entry in self.files if entry.role == "window"]
+        return (windows[0] or 0) if windows else len(self.spec.prompt_ids)
 
 
 class TaskScore(Record):

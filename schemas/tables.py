@@ -180,6 +180,8 @@ _ESTIMATES = {
 }
 _BOUNDS = {"": "", "_low": ": lower bound", "_high": ": upper bound"}
 
+WINDOW = pa.schema([_column("prompt_id", pa.string(), "A prompt that the guide was asked.")], metadata=_META)
+
 SIGNAL = pa.schema(
     [
         _column("step", pa.int32(), "t, the step that is looked ahead from."),

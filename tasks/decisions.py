@@ -43,7 +43,7 @@ def record_schedule(run: str, guide_id: str) -> Replay:
             step=spec.checkpoint.step,
             intervene=True,
             reason=f"asked for: roll back to step {spec.start} and replay to step {spec.stop} with the guide from step "
-            f"{spec.checkpoint.step}, which solves {manifest.solved} of {len(spec.prompt_ids)} prompts",
+            f"{spec.checkpoint.step}, which solves {manifest.solved} of {manifest.asked} prompts",
             source="schedule",
             start=spec.start,
             lookahead=spec.checkpoint.step - spec.start,

@@ -84,7 +84,7 @@ def test_the_replay_uses_the_guide_for_the_decisions_mistakes_only(
     for decision in interventions:
         frozen = {mistake.prompt_id for mistake in decision.mistakes}
         replay, guide = replay_of(run, decision)
-        assert set(guide.spec.prompt_ids) == frozen
+        assert set(run.guide_spec(guide).prompt_ids) == frozen
         assert set(rows.filter(leg_id=replay.leg_id)["prompt_id"]) <= frozen
 
 

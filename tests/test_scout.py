@@ -73,7 +73,9 @@ def test_a_scout_leaves_the_main_line_as_it_would_be_without_one(tmp_path: Path)
 def test_a_replay_behind_a_cheaper_scout_is_as_wide_as_the_main_line(tmp_path: Path) -> None:
     run, _ = begun(tmp_path, **CHEAPER)
     guide = make_guide(run, legs.leg_checkpoint(run, scouted(run, 4), 4), 2, 4)
-    assert set(guide.spec.prompt_ids) == {prompt.prompt_id for step in (2, 3) for prompt in batch(run, step)}
+    assert set(open_run(run).guide_spec(guide).prompt_ids) == {
+        prompt.prompt_id for step in (2, 3) for prompt in batch(run, step)
+    }
     leg = open_leg(run, "replay", schedule(run, guide.guide_id).parent, guide.guide_id)
     train_segment(run, leg, 2, 4)
     own = [row for row in rows(run, leg, "rollouts") if row["source"] == "policy"]

@@ -245,7 +245,7 @@ def test_a_truncated_guide_answer_and_one_from_outside_the_window(damaged: Damag
     table = damaged.run.table(guide, "trajectories")
     table = edit(table, "finish_reason", lambda v: ["length", *v[1:]])
     answered = table["prompt_id"][0].as_py()
-    window = tuple(prompt_id for prompt_id in guide.spec.prompt_ids if prompt_id != answered)
+    window = tuple(prompt_id for prompt_id in damaged.run.guide_spec(guide).prompt_ids if prompt_id != answered)
     spec = guide.spec.model_copy(update={"prompt_ids": window})
     damaged.forge(layout.guide(guide.guide_id), guide, "trajectories", table, spec=spec)
     problems = " ".join(fault.problem for fault in damaged.faults())

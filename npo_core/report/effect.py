@@ -23,7 +23,7 @@ def guides(run: RunArtifacts) -> list[dict[str, Any]]:
             "start": guide.spec.start,
             "stop": guide.spec.stop,
             "k": guide.spec.k,
-            "prompts": len(guide.spec.prompt_ids),
+            "prompts": guide.asked,
             "solved": guide.solved,
             "tokens": guide.tokens_guide,
             "families": _families(run, guide, tasks),
@@ -82,7 +82,7 @@ def before_and_after(run: RunArtifacts, steps: pl.DataFrame, start: int, stop: i
 def _families(run: RunArtifacts, guide: GuideManifest, tasks: dict[str, str]) -> list[dict[str, Any]]:
     solved = set(frame(run, [guide], "trajectories", ("prompt_id",))["prompt_id"])
     wanted: dict[str, list[str]] = {}
-    for prompt_id in guide.spec.prompt_ids:
+    for prompt_id in run.guide_spec(guide).prompt_ids:
         wanted.setdefault(tasks[prompt_id], []).append(prompt_id)
     return [
         {"task": task, "solved": len(solved.intersection(ids)), "prompts": len(ids)}

@@ -115,7 +115,7 @@ class S3Server:
         command = [
             *(_weed(), "server", f"-dir={self._folder}", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
             *(f"-{kind}={port}" for kind, port in ports.items()),
-            *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"),
             # Small volumes: the server takes their space beforehand.
             *("-master.volumeSizeLimitMB=64", "-volume.max=50"),
         ]

@@ -6,9 +6,11 @@ import io
 import json
 import re
 import subprocess
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +25,11 @@ from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
 
-SHORT_TIMEOUTS = {"FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 2, "connect_timeout": 2}})}
+SHORT_TIMEOUTS = {"FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}})}
 RATES = dict.fromkeys(Fault, 0.025)
 MOST_STARTS = 20
+OUTAGE_AT = 500
+"""Of some 1300 requests that the run makes."""
 
 # In the order in which an AutoNPO run comes by them, so that each start gets one fault further.
 MOMENTS = (
@@ -77,31 +81,27 @@ def finished(
     env = {**prefect_server, **s3_server.env, "PREFECT_LOGGING_LEVEL": "DEBUG"}
     store, folder = "s3://runs/calm", tmp_path_factory.mktemp("out")
     uri = f"{store}/demo"
+    run = run_arguments("testbed-npo", store, "demo")
     commands: list[list[object]] = [
-        [*run_arguments("testbed-npo", store, "demo")],
-        ["ls", store],
+        [*run],
+        [*run, "--json"],
+        ["ls", store, "--json"],
         ["show", uri],
+        ["show", uri, "--json"],
         ["inspect", uri, "--step", 1, "--parquet", folder / "rows.parquet"],
-        ["metrics", uri],
-        ["compare", on_disk, uri],
-        ["verify", uri],
+        ["metrics", uri, "--json"],
+        ["compare", on_disk, uri, "--json"],
+        ["verify", uri, "--json"],
         ["report", uri, "--out", folder / "report.html"],
-        ["export", uri, "--to", folder / "model"],
-        ["stage", "signal", uri, "--step", 4, "--lookahead", 2, "--prompts", 4, "--samples", 2],
+        ["export", uri, "--to", folder / "model", "--json"],
+        ["stage", "signal", uri, "--step", 4, "--lookahead", 2, "--prompts", 4, "--samples", 2, "--json"],
         ["stage", "evaluate", uri, "--step", 2],
-        ["stage", "report", uri],
     ]
     printed = {}
     for command in commands:
-        for form in ([], ["--json"]):
-            if command[0] == "export":
-                command = [*command[:-1], folder / f"model{len(form)}"]
-            result = npo(*command, *form, env=env)
-            name = " ".join(map(str, [*command[:2], *form]))
-            assert result.returncode == 0, f"{name}: {result.stderr}"
-            printed[name] = result.stdout + result.stderr
-            if form:
-                last_json(result)
+        result = npo(*command, env=env)
+        assert result.returncode == 0, f"{command}: {result.stderr}"
+        printed[" ".join(map(str, command))] = result.stdout + result.stderr
     printed["report.html"] = (folder / "report.html").read_text()
     return Finished(uri, printed)
 
@@ -125,7 +125,7 @@ def test_the_secret_key_is_in_no_object_no_output_and_not_with_prefect(
     home = [path for path in Path(prefect_server["PREFECT_HOME"]).rglob("*") if path.is_file()]
     assert any(path.name == "prefect.db" for path in home)
     assert [path for path in home if secret in path.read_bytes()] == []
-    for kind in ("flow_runs", "task_runs", "artifacts", "logs"):
+    for kind in ("flow_runs", "task_runs", "logs"):
         answer = asked(prefect_server["PREFECT_API_URL"], kind)
         assert answer != b"[]", kind
         assert secret not in answer, kind
@@ -153,6 +153,25 @@ def test_through_every_fault_a_run_finishes_or_resumes_bit_identical(
         assert fingerprint(open_run(uri)) == fingerprint(open_run(on_disk))
         injected += proxy.injected
     assert set(injected) == set(Fault)
+
+
+def test_a_store_that_goes_away_in_the_middle_stops_a_run_and_the_same_command_resumes_it(
+    prefect_server: dict[str, str], s3_server: S3Server, on_disk: str
+) -> None:
+    arguments = [*run_arguments("testbed-npo", "s3://runs/outage", "demo"), "--json"]
+    with FaultProxy(s3_server.port) as proxy, ThreadPoolExecutor() as other:
+        env = {**prefect_server, **SHORT_TIMEOUTS, "AWS_ENDPOINT_URL": proxy.endpoint}
+        running = other.submit(npo, *arguments, env=env)
+        while proxy.requests < OUTAGE_AT and not running.done():
+            time.sleep(0.01)
+        proxy.rates = {Fault.ERROR_500: 0.5, Fault.RESET_BEFORE: 0.5}
+        stopped = running.result()
+        assert stopped.returncode == 1, stopped.stderr
+        print(only_error(stopped))
+        proxy.paused = True
+        uri = last_json(npo(*arguments, env=env))["run"]
+    assert fingerprint(open_run(uri)) == fingerprint(open_run(on_disk))
+    assert npo("verify", uri).returncode == 0
 
 
 def test_every_fault_point_is_among_the_moments() -> None:
@@ -190,13 +209,14 @@ def test_what_cannot_work_is_told_in_one_line(
     elif case == "wrong secret":
         env["AWS_SECRET_ACCESS_KEY"] = f"WRONG{s3_server.secret}"
     elif case == "no bucket":
-        store, remedy = f"s3://no-such-bucket/{tmp_path.name}", "bucket"
+        store, remedy = f"s3://nowhere/{tmp_path.name}", "bucket"
     else:
         env["AWS_ENDPOINT_URL"], remedy = "http://127.0.0.1:1", "AWS_ENDPOINT_URL"
     arguments = {"run": run_arguments("testbed-grpo", store, "demo"), "show": ["show", f"{store}/demo"]}
     result = npo(*arguments.get(command, ["ls", store]), "--json", env=env, timeout=90)
     assert result.returncode in (1, 2), result.stderr
     line = only_error(result)
+    print(f"{command}, {case}: {line}")
     assert store.removeprefix("s3://").partition("/")[0] in line
     assert re.search(remedy, line), line
     assert s3_server.secret not in result.stdout + result.stderr

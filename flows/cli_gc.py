@@ -36,7 +36,9 @@ def gc(
     keep_every: Annotated[
         int | None, typer.Option(min=0, help="Main-line checkpoints at multiples of this stay; 0: not for that.")
     ] = None,
-    grace_hours: Annotated[float | None, typer.Option(min=0, help="Debris younger than this stays.")] = None,
+    grace_hours: Annotated[
+        float | None, typer.Option(min=0, help="Debris younger than this stays; of the last 5 minutes in any case.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Removes weights and optimizers that the run no longer needs, and what killed processes left.

@@ -20,8 +20,9 @@ folder may name."""
 
 UNCOMMITTED = "data that was never committed"
 
-LEASE_MARGIN = timedelta(minutes=5)
-"""How far the clocks of a writer and of the store may differ."""
+MARGIN = timedelta(minutes=5)
+"""Nothing younger goes, whatever is asked for: clocks of writers and of the store differ, a process that has just begun
+has no lease yet, and one that writes a report takes none."""
 
 _ID = r"[0-9a-f]{12}"
 _LEG = rf"{layout.LEGS}/{_ID}"
@@ -92,9 +93,9 @@ def debris(
         grace: what is younger stays.
     """
     newest = max((o.modified for o in objects if kind_of(o.key) == "report"), default=now)
-    cut = now - grace
+    cut = now - max(grace, MARGIN)
     if live:
-        cut = min(cut, min(map(since, live)) - LEASE_MARGIN)
+        cut = min(cut, min(map(since, live)) - MARGIN)
     open_leases = {layout.lease(lease.writer) for lease in live}
     for o in objects:
         kind, folder = kind_of(o.key), folder_of(o.key)

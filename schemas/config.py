@@ -189,7 +189,8 @@ class RetentionSection(Section):
     keep_every: int = Field(0, ge=0)
     """Main-line checkpoints at multiples of this many steps stay; 0: none for this reason."""
     grace_hours: float = Field(24.0, ge=0, le=1e6)
-    """Files that belong to nothing and are younger than this stay, for somebody may be about to commit them."""
+    """Files that belong to nothing and are younger than this stay, for somebody may be about to commit them. Those of
+    the last five minutes stay in any case."""
 
 
 NOT_RECIPE = {

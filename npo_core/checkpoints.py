@@ -22,7 +22,7 @@ from npo_core.tombstones import big_files, removals, removed_keys
 from schemas import layout
 from schemas.decisions import MonitorState
 from schemas.digest import digest_json
-from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest, Tombstone
+from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest, SegmentRows, Tombstone
 
 logger = logging.getLogger("npo")
 
@@ -89,9 +89,12 @@ class Checkpoints(RunFiles):
         return found
 
     def commit_checkpoint(
-        self, leg_id: str, step: int, directory: Path, environment: Environment
+        self, leg_id: str, step: int, directory: Path, environment: Environment, rows: SegmentRows | None = None
     ) -> tuple[CheckpointManifest, bool]:
         """Commits a checkpoint from a directory that is laid out as `LocalCheckpoint`.
+
+        Args:
+            rows: of the segment that led to it, if one did.
 
         Returns:
             The committed manifest, and whether it holds the same files as the directory: an earlier attempt's may
@@ -108,6 +111,7 @@ class Checkpoints(RunFiles):
             step=step,
             digest=files_digest(files),
             weights_digest=files_digest(entry for entry in files if entry.role == "weights"),
+            segment=rows,
             **origin(environment),
         )
         fault_point("checkpoint-data")

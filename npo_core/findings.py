@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from npo_core import parquet
 from npo_core.artifacts import RunArtifacts
 from npo_core.checkpoints import require_safe_name
 from npo_core.interfaces import ManifestT, NearFutureError, RecordT
@@ -95,7 +96,10 @@ class Findings:
             return None
         entry = roles[0]
         with self.about(entry.key, redo(folder)):
-            table = self.run.table(manifest, role)
+            data = self.run.store.read_data(entry)
+            table = parquet.decode(data, parquet.SCHEMAS[role], entry.key)
+            same = entry.footer_sha256 in (None, parquet.footer_digest(data))
+            self.expect(same, entry.key, "its footer is not the one that its manifest names", redo(folder))
             problem = f"has {table.num_rows} rows, its manifest says {entry.rows}"
             self.expect(table.num_rows == entry.rows, entry.key, problem, redo(folder))
             return table

@@ -61,7 +61,7 @@ def plan_gc(run: RunArtifacts, config: Config) -> Plan:
     going = [
         Removal(e.key, e.bytes, "checkpoint that nothing needs") for c in retention.removable for e in big_files(c)
     ]
-    named = {entry.key for manifest in found.manifests() for entry in manifest.files}
+    named = {entry.key for manifest in found.manifests() for entry in manifest.named}
     committed = {folder_of(o.key) for o in objects if kind_of(o.key) == "record"}
     grace = timedelta(hours=config.retention.grace_hours)
     swept = debris(objects, named, committed, live, datetime.now(UTC), grace)

@@ -13,7 +13,15 @@ from npo_core.interfaces import NearFutureError
 from npo_core.run_files import Environment, RunFiles, origin
 from schemas import layout
 from schemas.digest import digest_json
-from schemas.records import MAIN_LINE_KINDS, CheckpointManifest, CheckpointRef, Head, LegRecord, SegmentManifest
+from schemas.records import (
+    MAIN_LINE_KINDS,
+    CheckpointManifest,
+    CheckpointRef,
+    Head,
+    LegRecord,
+    SegmentManifest,
+    SegmentRows,
+)
 
 _SEGMENT = re.compile(r"(\d{6,})-(\d{6,})")
 
@@ -23,7 +31,7 @@ class Legs(RunFiles):
 
     def legs(self) -> list[LegRecord]:
         """All legs, by creation."""
-        found = (self.store.read(layout.leg(name), LegRecord) for name in self.store.list(layout.LEGS))
+        found = self.store.read_all([layout.leg(name) for name in self.store.list(layout.LEGS)], LegRecord)
         return sorted((leg for leg in found if leg is not None), key=lambda leg: (leg.created_at, leg.leg_id))
 
     def leg(self, leg_id: str) -> LegRecord:
@@ -78,59 +86,75 @@ class Legs(RunFiles):
         """A leg's committed segments by (start, stop), also those after a gap."""
         bounds = [match for name in self.store.list(layout.segments(leg_id)) if (match := _SEGMENT.fullmatch(name))]
         folders = [layout.segment(leg_id, *map(int, match.groups())) for match in bounds]
-        found = (self.store.read(layout.manifest(folder), SegmentManifest) for folder in folders)
+        found = self.store.read_all([layout.manifest(folder) for folder in folders], SegmentManifest)
         return sorted((m for m in found if m is not None), key=lambda m: (m.start, m.stop))
+
+    def put_rows(
+        self, leg: LegRecord, start: int, stop: int, rollouts: pa.Table, metrics: pa.Table, telemetry: pa.Table
+    ) -> SegmentRows:
+        """Writes the rows of steps [start, stop) of a leg. They count when a segment is committed from them.
+
+        Raises:
+            ValueError: rows of another leg or step.
+        """
+        for table in (rollouts, metrics, telemetry):
+            _require_rows_of(table, leg.leg_id, start, stop)
+        folder = layout.segment(leg.leg_id, start, stop)
+        own = pc.equal(rollouts["source"], "policy")
+        rows = SegmentRows(
+            start=start,
+            stop=stop,
+            files=tuple(
+                self.put_table(folder, role, table)
+                for role, table in (("rollouts", rollouts), ("metrics", metrics), ("telemetry", telemetry))
+            ),
+            logical_digest=segment_digest(rollouts, metrics),
+            tokens_policy=pc.sum(pc.list_value_length(rollouts.filter(own)["completion_ids"])).as_py() or 0,
+        )
+        fault_point("segment-data")
+        return rows
 
     def commit_segment(
         self,
         leg: LegRecord,
-        start: int,
-        stop: int,
-        rollouts: pa.Table,
-        metrics: pa.Table,
-        telemetry: pa.Table,
+        rows: SegmentRows,
         checkpoint: CheckpointManifest,
         epoch: int | None,
         environment: Environment,
     ) -> SegmentManifest:
-        """Commits steps [start, stop) of a leg, whose checkpoint at `stop` is committed already.
+        """Commits a segment, whose checkpoint is committed already, or adopts the one that another writer committed.
 
         Args:
             epoch: the head's epoch in which the segment began; None for a scout.
 
         Raises:
             NearFutureError: the head was moved since, or steps of the segment are committed under other bounds.
-            ValueError: rows of another leg or step; a main-line leg without an epoch.
+            ValueError: a main-line leg without an epoch.
         """
         if (epoch is None) == (leg.kind in MAIN_LINE_KINDS):
             raise ValueError(f"a {leg.kind} leg cannot commit under epoch {epoch}")
-        for table in (rollouts, metrics, telemetry):
-            _require_rows_of(table, leg.leg_id, start, stop)
-        folder = layout.segment(leg.leg_id, start, stop)
-        files = tuple(
-            self.put_table(folder, role, table)
-            for role, table in (("rollouts", rollouts), ("metrics", metrics), ("telemetry", telemetry))
-        )
-        own = pc.equal(rollouts["source"], "policy")
-        manifest = SegmentManifest(
-            files=files,
-            leg_id=leg.leg_id,
-            start=start,
-            stop=stop,
-            checkpoint=checkpoint.ref,
-            logical_digest=segment_digest(rollouts, metrics),
-            tokens_policy=pc.sum(pc.list_value_length(rollouts.filter(own)["completion_ids"])).as_py() or 0,
-            **origin(environment),
-        )
-        fault_point("segment-data")
+        folder = layout.segment(leg.leg_id, rows.start, rows.stop)
+        present = self.store.read(layout.manifest(folder), SegmentManifest)
+        if present is not None:
+            return present
         if epoch is not None:
             self._require_head(leg.leg_id, epoch)
         for other in self.all_segments(leg.leg_id):
-            if other.start < stop and start < other.stop and (other.start, other.stop) != (start, stop):
+            if other.start < rows.stop and rows.start < other.stop:
                 raise NearFutureError(
-                    f"steps {other.start}-{other.stop} of leg {leg.leg_id} are committed already, {start}-{stop} "
-                    "overlap them; let one process train a run at a time, then run again"
+                    f"steps {other.start}-{other.stop} of leg {leg.leg_id} are committed already, {rows.start}-"
+                    f"{rows.stop} overlap them; let one process train a run at a time, then run again"
                 )
+        manifest = SegmentManifest(
+            files=rows.files,
+            leg_id=leg.leg_id,
+            start=rows.start,
+            stop=rows.stop,
+            checkpoint=checkpoint.ref,
+            logical_digest=rows.logical_digest,
+            tokens_policy=rows.tokens_policy,
+            **origin(environment),
+        )
         committed = self.store.commit(folder, manifest)
         fault_point("segment-manifest")
         return committed

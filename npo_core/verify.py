@@ -234,6 +234,11 @@ class _Verification:
         own = manifest.leg_id == leg.leg_id and layout.segment(leg.leg_id, manifest.start, manifest.stop) == folder
         self.expect(own, key, "was altered: it is of another leg or of other steps", redo(folder))
         self._expect_checkpoint(key, "its checkpoint", manifest.checkpoint)
+        after = self.checkpoints.get((leg.leg_id, manifest.stop))
+        same = (
+            after is None or after.segment is None or files_digest(after.segment.files) == files_digest(manifest.files)
+        )
+        self.expect(same, key, "its rows are not those that led to its checkpoint", redo(folder))
         rollouts, metrics, _ = (
             self.findings.table(manifest, folder, role) for role in ("rollouts", "metrics", "telemetry")
         )

@@ -119,6 +119,11 @@ class Manifest(Record):
     environment: dict[str, str] = {}
     """Versions, device and thread count of the writer. A change is shown, not refused."""
 
+    @property
+    def named(self) -> tuple[FileEntry, ...]:
+        """Every file that exists because this manifest does."""
+        return self.files
+
     def file(self, role: str) -> FileEntry:
         """The one file with this role.
 
@@ -131,6 +136,19 @@ class Manifest(Record):
         return found[0]
 
 
+class SegmentRows(Record):
+    """What steps [start, stop) of a leg left beside the checkpoint after them, written before that is committed."""
+
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
+    files: tuple[FileEntry, ...]
+    """Rollouts, metrics and telemetry."""
+    logical_digest: str
+    """See `SegmentManifest.logical_digest`."""
+    tokens_policy: int = Field(ge=0)
+    """See `SegmentManifest.tokens_policy`."""
+
+
 class CheckpointManifest(Manifest):
     """A checkpoint: weights, optimizer and state after `step` steps."""
 
@@ -141,6 +159,14 @@ class CheckpointManifest(Manifest):
     """SHA-256 over (role, name, sha256) of every file, sorted: the checkpoint's identity."""
     weights_digest: str
     """The same over the weights alone: which policy this is."""
+    segment: SegmentRows | None = None
+    """The rows that led to it. Who finds it committed and the segment not, commits the segment from these: where bits
+    are not promised to be equal, another attempt's rows would belong to other weights."""
+
+    @property
+    def named(self) -> tuple[FileEntry, ...]:
+        """See `Manifest.named`: the rows too, of which the segment may yet be committed."""
+        return self.files + (self.segment.files if self.segment else ())
 
     @property
     def ref(self) -> CheckpointRef:

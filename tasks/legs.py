@@ -26,19 +26,28 @@ WATCHED = ("reward", "entropy", "npo/replaced")
 
 @task(name="open leg", **OPTIONS)
 def open_leg(run: str, kind: LegKind, parent: CheckpointRef, guide_id: str | None = None) -> LegRecord:
-    """Finds or creates the leg; a leg of the main line becomes its tip unless it lies on it already."""
+    """Finds or creates the leg; a leg of the main line becomes its tip unless it lies on it already.
+
+    Raises:
+        NearFutureError: another writer moves the main line elsewhere.
+    """
     from npo_core import lineage
     from npo_core.workspace import new_leg
 
     opened = workspace(run)
     leg = opened.run.open_leg(new_leg(opened.record, kind, parent, parent.step, guide_id))
-    if kind in MAIN_LINE_KINDS:
-        head = opened.run.head()
-        line = lineage.main_line(opened.run.legs(), head) if head else []
-        if leg.leg_id not in {stretch.leg.leg_id for stretch in line}:
-            opened.run.move_head(head, leg.leg_id)
-            if line and line[-1].leg.leg_id not in lineage.ancestors(opened.run.legs(), leg.leg_id):
-                logger.warning("the main line leaves leg %s for leg %s", line[-1].leg.leg_id, leg.leg_id)
+    head = opened.run.head()
+    line = lineage.main_line(opened.run.legs(), head)
+    if kind not in MAIN_LINE_KINDS or leg.leg_id in {stretch.leg.leg_id for stretch in line}:
+        return leg
+    try:
+        opened.run.move_head(head, leg.leg_id)
+    except NearFutureError:
+        # Another writer of the same run may have opened this very leg, and gone on from it since.
+        if leg.leg_id not in {s.leg.leg_id for s in lineage.main_line(opened.run.legs(), opened.run.head())}:
+            raise
+    if line and line[-1].leg.leg_id not in lineage.ancestors(opened.run.legs(), leg.leg_id):
+        logger.warning("the main line leaves leg %s for leg %s", line[-1].leg.leg_id, leg.leg_id)
     return leg
 
 
@@ -65,9 +74,13 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
     start, epoch = parent.step, None
     if leg.kind in MAIN_LINE_KINDS:
         epoch = opened.run.require_tip(leg.leg_id).epoch
+    fingerprint = environment(opened.config)
+    left = opened.run.checkpoint(leg.leg_id, stop)
+    if left is not None and left.segment is not None and left.segment.start == start:
+        # A process died between the checkpoint and its segment: these are the rows that led to it.
+        return opened.run.commit_segment(leg, left.segment, left, epoch, fingerprint)
     engine = opened.holding(parent, optimizer=True, kind=leg.kind)
     before = opened.run.require_checkpoint(parent.leg_id, parent.step)
-    fingerprint = environment(opened.config)
     warn_of_changes(before.environment, fingerprint)
     guide = opened.guide(leg.guide_id, window_steps(opened.prompts, start, stop)) if leg.guide_id else None
     context = opened.context(leg.leg_id, before.weights_digest, guide, opened.run.monitor_state(parent), leg.kind)
@@ -78,13 +91,14 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
             bar(done - start, {name: metrics[name] for name in WATCHED if name != "npo/replaced" or guide is not None})
 
         tables = run_segment(context, engine.generator, engine.learner, start, stop, on_step)
+    rows = opened.run.put_rows(leg, start, stop, tables.rollouts, tables.metrics, tables.telemetry)
     with tempfile.TemporaryDirectory(dir=opened.scratch) as directory:
         engine.learner.save(Path(directory))
         (Path(directory) / MONITOR_FILE).write_text(tables.monitor.model_dump_json())
-        checkpoint, same = opened.run.commit_checkpoint(leg.leg_id, stop, Path(directory), fingerprint)
-    segment = opened.run.commit_segment(
-        leg, start, stop, tables.rollouts, tables.metrics, tables.telemetry, checkpoint, epoch, fingerprint
-    )
+        checkpoint, same = opened.run.commit_checkpoint(leg.leg_id, stop, Path(directory), fingerprint, rows)
+    if checkpoint.segment is not None and checkpoint.segment.start == start:
+        rows = checkpoint.segment  # another writer's, if its checkpoint came first
+    segment = opened.run.commit_segment(leg, rows, checkpoint, epoch, fingerprint)
     if same:
         # Otherwise another attempt's checkpoint was there first, and the next segment starts from that one.
         opened.now_holds(checkpoint.ref, leg.kind)

@@ -36,6 +36,7 @@ from schemas.records import (
     LegKind,
     LegRecord,
     RunRecord,
+    SegmentRows,
     TaskScore,
 )
 
@@ -196,24 +197,23 @@ class _Builder:
                 rollouts += group_rows(self.artifacts.run_id, leg.leg_id, step, digest, self.verifier.name, mixed)
                 metrics.append(self._metrics(leg, step, {**step_metrics(mixed), **replacement}, bool(trajectories)))
                 telemetry.append(self._telemetry(leg, step))
-            checkpoint = self._checkpoint(leg, last)
-            self.artifacts.commit_segment(
+            rows = self.artifacts.put_rows(
                 leg,
                 first,
                 last,
                 pa.Table.from_pylist(rollouts, tables.TRAJECTORIES),
                 pa.Table.from_pylist(metrics, tables.METRICS),
                 pa.Table.from_pylist(telemetry, tables.TELEMETRY),
-                checkpoint,
-                None if leg.kind == "scout" else head.epoch,
-                ENVIRONMENT,
             )
+            checkpoint = self._checkpoint(leg, last, rows)
+            epoch = None if leg.kind == "scout" else head.epoch
+            self.artifacts.commit_segment(leg, rows, checkpoint, epoch, ENVIRONMENT)
             policy = _Policy(checkpoint, policy.skill + (last - first) * (1.6 if guide else 1.0))
             if leg.kind != "scout":
                 self._evaluate(policy)
         return policy
 
-    def _checkpoint(self, leg: LegRecord, step: int) -> CheckpointManifest:
+    def _checkpoint(self, leg: LegRecord, step: int, rows: SegmentRows | None = None) -> CheckpointManifest:
         rng = self._rng(leg.kind, step)
         with tempfile.TemporaryDirectory() as directory:
             root = Path(directory)
@@ -222,7 +222,7 @@ class _Builder:
                 tensors = {"w": rng.standard_normal((4, 4)).astype(np.float32)}
                 save_file(tensors, root / folder / f"{file}.safetensors", {"format": "pt"})
             (root / "state.json").write_text(json.dumps({"step": step}))
-            return self.artifacts.commit_checkpoint(leg.leg_id, step, root, ENVIRONMENT)[0]
+            return self.artifacts.commit_checkpoint(leg.leg_id, step, root, ENVIRONMENT, rows)[0]
 
     def _guide(self, future: _Policy, start: int, stop: int) -> GuideManifest:
         ids = sorted({prompt.prompt_id for step in range(start, stop) for prompt in self.prompts.batch(step)})

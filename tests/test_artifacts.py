@@ -65,7 +65,8 @@ def commit_again(
     rollouts, metrics, telemetry = (run.table(segment, role) for role in ("rollouts", "metrics", "telemetry"))
     checkpoint = run.require_checkpoint(leg.leg_id, segment.stop)
     stop = stop or segment.stop
-    return run.commit_segment(leg, segment.start, stop, rollouts, metrics, telemetry, checkpoint, epoch, ENVIRONMENT)
+    rows = run.put_rows(leg, segment.start, stop, rollouts, metrics, telemetry)
+    return run.commit_segment(leg, rows, checkpoint, epoch, ENVIRONMENT)
 
 
 # ---- commits
@@ -102,7 +103,8 @@ def test_a_second_commit_of_a_segment_adopts_the_first_one(run: RunArtifacts) ->
     metrics, telemetry = run.table(first, "metrics"), run.table(first, "telemetry")
     checkpoint = run.require_checkpoint(leg.leg_id, first.stop)
     others = others.cast(TRAJECTORIES)
-    adopted = run.commit_segment(leg, 6, 8, others, metrics, telemetry, checkpoint, head.epoch, ENVIRONMENT)
+    rows = run.put_rows(leg, 6, 8, others, metrics, telemetry)
+    adopted = run.commit_segment(leg, rows, checkpoint, head.epoch, ENVIRONMENT)
     assert adopted == first
     assert run.segments(leg.leg_id) == [first]
     assert run.table(first, "rollouts").equals(rollouts)

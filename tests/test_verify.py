@@ -64,10 +64,19 @@ class Damaged:
                 "bytes": len(data),
                 "sha256": digest_bytes(data),
                 "rows": table.num_rows,
+                "footer_sha256": parquet.footer_digest(data),
             }
         )
         (self.folder / new.key).write_bytes(data)
         files = tuple(new if file == entry else file for file in manifest.files)
+        if isinstance(manifest, SegmentManifest):
+            after = self.run.require_checkpoint(manifest.leg_id, manifest.stop)
+            assert after.segment is not None
+            rows = after.segment.model_copy(update={"files": files})
+            self.write(
+                layout.manifest(layout.checkpoint(after.leg_id, after.step)),
+                after.model_copy(update={"segment": rows}),
+            )
         self.write(layout.manifest(folder), manifest.model_copy(update={"files": files, **fields}))
         return new.key
 
@@ -423,3 +432,24 @@ def test_a_missing_head(damaged: Damaged) -> None:
 def test_no_run_is_no_list_of_faults(tmp_path: Path) -> None:
     with pytest.raises(NearFutureError, match="there is no run 'nothing'"):
         verify_run(open_run(str(tmp_path / "nothing")), SyntheticVerifier(), decode)
+
+
+def test_rows_that_are_not_those_which_led_to_the_checkpoint(damaged: Damaged) -> None:
+    segment = damaged.segment()
+    after = damaged.run.require_checkpoint(segment.leg_id, segment.stop)
+    assert after.segment is not None
+    before = damaged.run.segments(segment.leg_id)[1]
+    rows = after.segment.model_copy(update={"files": before.files})
+    damaged.write(
+        layout.manifest(layout.checkpoint(after.leg_id, after.step)), after.model_copy(update={"segment": rows})
+    )
+    key = layout.manifest(damaged.folder_of(segment))
+    only(damaged.faults(), key, "its rows are not those that led to its checkpoint")
+
+
+def test_a_footer_that_the_manifest_does_not_name(damaged: Damaged) -> None:
+    segment = damaged.segment()
+    entry = segment.file("rollouts")
+    files = tuple(f.model_copy(update={"footer_sha256": "0" * 64}) if f == entry else f for f in segment.files)
+    damaged.write(layout.manifest(damaged.folder_of(segment)), segment.model_copy(update={"files": files}))
+    only(damaged.faults(), entry.key, "its footer is not the one")

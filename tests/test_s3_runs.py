@@ -174,10 +174,27 @@ def test_a_store_that_goes_away_in_the_middle_stops_a_run_and_the_same_command_r
     assert npo("verify", uri).returncode == 0
 
 
+def test_a_store_that_ignores_conditions_is_refused_unless_there_is_one_writer(
+    prefect_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with S3Server(auth=False) as server, FaultProxy(server.port, without_conditions=True) as proxy:
+        server.make_bucket("runs")
+        for name, value in {**server.env, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        arguments = [*run_arguments("testbed-grpo", "s3://runs/unconditional", "demo"), "--json"]
+        refused = npo(*arguments, env=prefect_server)
+        assert refused.returncode == 2, refused.stderr
+        assert "run.single_writer" in only_error(refused)
+        assert list(stored(server, "runs")) == []
+        uri = last_json(npo(*arguments, "-s", "run.single_writer=true", env=prefect_server))["run"]
+        assert npo("verify", uri).returncode == 0
+
+
 def test_every_fault_point_is_among_the_moments() -> None:
     assert {moment.partition(":")[0] for moment in MOMENTS} == set(FAULT_POINTS)
 
 
+@pytest.mark.timeout(1500)
 def test_killed_at_every_fault_point_over_s3_it_ends_bit_identical(
     tmp_path: Path, prefect_server: dict[str, str]
 ) -> None:

@@ -53,7 +53,7 @@ def timed(command: Sequence[str]) -> tuple[dict[str, Any], str]:
         code, seconds, peak = json.loads(launched.stdout)
         printed = Path(out.name).read_text()
     if code:
-        raise RuntimeError(f"{' '.join(command)} ended with exit code {code}: {launched.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {code}: {(printed + launched.stderr)[-2000:]}")
     return {"seconds": seconds, "peak_bytes": peak, "printed_bytes": len(printed)}, printed
 
 

@@ -256,7 +256,7 @@ def _logprobs(rng: np.random.Generator, count: int, doubt: float) -> np.ndarray:
     few distinct values."""
     found = np.empty(count, np.float32)
     for chunk in _chunks(found):
-        sure = np.exp(np.minimum(rng.standard_normal(len(chunk), np.float32), 3) * 2.5 - 7)
+        sure = np.exp(np.minimum(rng.standard_normal(len(chunk), np.float32) * 4 - 9, 0))
         unsure = rng.standard_exponential(len(chunk), np.float32) * np.float32(1.3 * doubt)
         surprise = np.where(rng.random(len(chunk), np.float32) < 0.25, unsure, sure)
         chunk[:] = -np.log(np.exp(surprise))

@@ -23,7 +23,16 @@ from schemas import tables
 from schemas.config import Config
 from schemas.decisions import MonitorState
 from schemas.digest import digest_json
-from schemas.records import CheckpointManifest, CheckpointRef, GuideManifest, GuideSpec, LegKind, LegRecord, RunRecord
+from schemas.records import (
+    CheckpointManifest,
+    CheckpointRef,
+    GuideManifest,
+    GuideSpec,
+    LegKind,
+    LegRecord,
+    RunRecord,
+    SegmentRows,
+)
 from tests.bench.scale_data import (
     GROUP,
     LONGEST,
@@ -64,9 +73,10 @@ class Shape:
 
     @classmethod
     def of_guide(cls, name: str, prompts: int, tokens: int, seed: int) -> Shape:
-        """A run whose guide has an answer to each of so many prompts. It trains no step."""
+        """A run whose guide has an answer to each of about so many prompts. It trains no step."""
         batch = min(GUIDE_BATCH, prompts)
-        return cls(name, prompts, batch, -(-prompts // batch), 10, tokens, seed)
+        steps = prompts // batch
+        return cls(name, steps * batch, batch, steps, 10, tokens, seed)
 
 
 def write_run(store: str, shape: Shape) -> RunArtifacts:
@@ -74,7 +84,7 @@ def write_run(store: str, shape: Shape) -> RunArtifacts:
     writer = _Writer(store, shape)
     leg, parent = writer.begin()
     last = writer.train(leg, parent)
-    writer.guide(last, 0, min(PASSES, shape.steps))
+    writer.guide(last)
     return writer.run
 
 
@@ -82,7 +92,7 @@ def write_guide(store: str, shape: Shape) -> RunArtifacts:
     """A run of no step, and a guide with an answer to every prompt."""
     writer = _Writer(store, shape)
     _, parent = writer.begin()
-    writer.guide(parent, 0, shape.steps)
+    writer.guide(parent)
     return writer.run
 
 
@@ -142,23 +152,25 @@ class _Writer:
                 continue
             began = time.perf_counter()
             rollouts, metrics, monitor = self._steps(leg, start, stop, parent, monitor)
-            parent = self._checkpoint(leg, stop, monitor)
             telemetry = pa.Table.from_pylist([self._telemetry(leg, n) for n in range(start, stop)], tables.TELEMETRY)
-            self.run.commit_segment(leg, start, stop, rollouts, metrics, telemetry, parent, head.epoch, ENVIRONMENT)
+            rows = self.run.put_rows(leg, start, stop, rollouts, metrics, telemetry)
             del rollouts
+            parent = self._checkpoint(leg, stop, monitor, rows)
+            # A checkpoint of an attempt that was killed after it comes with its own rows.
+            self.run.commit_segment(leg, parent.segment or rows, parent, head.epoch, ENVIRONMENT)
             seconds = time.perf_counter() - began
             print(f"{self.run.uri}: steps {start}-{stop} in {seconds:.1f} s", file=sys.stderr, flush=True)
         return parent
 
-    def guide(self, policy: CheckpointManifest, start: int, stop: int) -> GuideManifest:
-        """A guide with the right answer to every prompt of a window."""
-        wanted = {prompt.prompt_id for step in range(start, stop) for prompt in self.prompts.batch(step)}
+    def guide(self, policy: CheckpointManifest) -> GuideManifest:
+        """A guide with the right answer to every prompt, for one pass through the pool."""
+        names = [prompt.prompt_id for prompt in self.pool.prompts[: self.shape.pool]]
         spec = GuideSpec(
             checkpoint=policy.ref,
             weights_digest=policy.weights_digest,
-            start=start,
-            stop=stop,
-            prompt_ids=tuple(sorted(wanted)),
+            start=0,
+            stop=self.shape.pool // self.shape.prompts_per_step,
+            prompt_ids=tuple(sorted(names)),
             k=GROUP,
             temperature=1.0,
             max_new_tokens=LONGEST * self.shape.tokens,
@@ -169,12 +181,9 @@ class _Writer:
         guide_id = lineage.guide_id(spec)
         if (found := self.run.guide(guide_id)) is not None:
             return found
-        rows = make_guide_rows(
-            self.pool, self.run.run_id, guide_id, policy.step, policy.weights_digest, self.shape.seed
-        )
-        chosen = np.isin(np.array(self.pool.names), list(wanted))
-        rows = rows.filter(pa.array(chosen))
-        return self.run.commit_guide(spec, rows, GROUP * self.shape.tokens * len(wanted), ENVIRONMENT)
+        origin = (self.run.run_id, guide_id, policy.step, policy.weights_digest)
+        rows = make_guide_rows(self.pool, *origin, self.shape.seed).slice(0, self.shape.pool)
+        return self.run.commit_guide(spec, rows, GROUP * self.shape.tokens * len(names), ENVIRONMENT)
 
     def _record(self, prompts: pa.Table) -> RunRecord:
         recipe = self.config.recipe()
@@ -208,7 +217,9 @@ class _Writer:
             )
         )
 
-    def _checkpoint(self, leg: LegRecord, step: int, monitor: MonitorState) -> CheckpointManifest:
+    def _checkpoint(
+        self, leg: LegRecord, step: int, monitor: MonitorState, rows: SegmentRows | None = None
+    ) -> CheckpointManifest:
         rng = np.random.default_rng([self.shape.seed, 4, step])
         with tempfile.TemporaryDirectory() as directory:
             root = Path(directory)
@@ -218,7 +229,7 @@ class _Writer:
                 save_file(tensors, root / folder / f"{file}.safetensors", {"format": "pt"})
             (root / "state.json").write_text(json.dumps({"step": step}))
             (root / MONITOR_FILE).write_text(monitor.model_dump_json())
-            return self.run.commit_checkpoint(leg.leg_id, step, root, ENVIRONMENT)[0]
+            return self.run.commit_checkpoint(leg.leg_id, step, root, ENVIRONMENT, rows)[0]
 
     def _steps(
         self, leg: LegRecord, start: int, stop: int, parent: CheckpointManifest, monitor: MonitorState

@@ -30,6 +30,7 @@ from schemas.config import Config
 from schemas.digest import canonical_json
 from schemas.records import CheckpointRef, Lease, Tombstone
 from tests.command import ROOT, autonpo_arguments, fingerprint, last_json, npo, run_arguments
+from tests.s3_server import S3Server
 from tests.synthetic import SyntheticVerifier, build_run, decode
 
 OLD = timedelta(hours=30)
@@ -496,3 +497,26 @@ def test_gc_in_a_loop_beside_a_run_that_writes_harms_nothing(tmp_path: Path, pre
     found, wanted = fingerprint(run), fingerprint(open_run(calm["run"]))
     assert found == wanted
     assert npo("verify", run.uri).returncode == 0
+
+
+@pytest.mark.slow
+def test_on_s3_a_run_gives_its_lease_back_and_gc_does_what_it_does_on_disk(
+    tmp_path: Path, prefect_server: dict[str, str], s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    done = []
+    for store in ("s3://runs/swept", tmp_path):
+        uri = last_json(npo(*run_arguments("testbed-grpo", store, "demo"), "--json", env=prefect_server))["run"]
+        run = open_run(uri)
+        assert not [found for found in run.store.walk("") if found.key.startswith(layout.LEASES)]
+        would = last_json(npo("gc", uri, "--dry-run", "--json", "--keep-last", 1, "--grace-hours", 0))
+        did = last_json(npo("gc", uri, "--json", "--keep-last", 1, "--grace-hours", 0))
+        assert would == did | {"dry_run": True}
+        gone = {removal["key"] for removal in did["removed"]}
+        assert gone
+        assert not gone & {found.key for found in run.store.walk("")}
+        assert npo("verify", uri).returncode == 0
+        done.append({part: did[part] for part in ("removed", "kept", "unknown")})
+    assert done[0] == done[1]
+    assert done[0]["unknown"] == []

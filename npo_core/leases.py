@@ -117,7 +117,7 @@ def hold(run: RunArtifacts) -> HeldLease | None:
     """Takes a lease, and warns of other writers. None, with a warning, where that fails: the run's own writes will
     fail too, and say it better."""
     try:
-        others = live_leases(run)
+        others = [lease for lease in live_leases(run) if not _was_killed_here(lease)]
         held = HeldLease(run)
     except NearFutureError as error:
         logger.warning("no lease of %s could be taken (%s); `npo gc` may not know of us", run.uri, error)
@@ -129,3 +129,17 @@ def hold(run: RunArtifacts) -> HeldLease | None:
             in_words(others),
         )
     return held
+
+
+def _was_killed_here(lease: Lease) -> bool:
+    """Whether its writer was a process of this machine that is no more: the usual reason to run again. Only good for
+    not alarming people; machines may share a name."""
+    if lease.host != platform.node():
+        return False
+    try:
+        os.kill(lease.pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is somebody else's
+        return False
+    return False

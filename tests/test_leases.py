@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -90,6 +93,22 @@ def test_a_second_writer_is_told_of_the_first(run: RunArtifacts, caplog: pytest.
     assert "process 7 on elsewhere since 2026-01-01T00:00 UTC" in said
     assert "whoever commits first wins" in said
     held.release()
+
+
+def test_who_runs_again_after_a_kill_is_not_warned_of_the_dead(
+    run: RunArtifacts, caplog: pytest.LogCaptureFixture
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        ours = {"host": platform.node(), "pid": process.pid}
+        run.store.create(layout.lease("a" * 32), lease(renewed=datetime.now(UTC)).model_copy(update=ours))
+        for warned in (True, False):
+            caplog.clear()
+            held = hold(run)
+            assert held is not None
+            held.release()
+            assert (f"process {process.pid}" in caplog.text) == warned
+            process.kill()
+            process.wait()
 
 
 def test_a_store_that_takes_no_lease_does_not_stop_the_run(

@@ -19,7 +19,7 @@ from schemas.records import SCHEMA_VERSION
 
 ROW_GROUP_ROWS = 4096
 _VERSION_KEY = b"near_future.schema_version"
-_SPLIT = "behavior_logprobs"
+_SPLIT = ("completion_ids", "behavior_logprobs")
 _TAIL = 8
 _RESTORE = "restore it from a copy"
 
@@ -70,7 +70,8 @@ def encode(table: pa.Table, schema: pa.Schema) -> bytes:
         ValueError: see `canonical`.
     """
     sink = pa.BufferOutputStream()
-    # The bytes of a float apart, as equal exponents lie together then; everything else repeats: prompts, ids, names.
+    # The bytes of each token's numbers apart: high bytes and exponents, which repeat, lie together then. Everything else
+    # repeats whole: prompts, names.
     split = [path for path in _leaves(schema) if path.startswith(_SPLIT)]
     pq.write_table(
         canonical(table, schema),

@@ -70,8 +70,7 @@ def encode(table: pa.Table, schema: pa.Schema) -> bytes:
         ValueError: see `canonical`.
     """
     sink = pa.BufferOutputStream()
-    # The bytes of each token's numbers apart: high bytes and exponents, which repeat, lie together then. Everything else
-    # repeats whole: prompts, names.
+    # The bytes of each token's numbers apart: high bytes and exponents, which repeat, lie together then.
     split = [path for path in _leaves(schema) if path.startswith(_SPLIT)]
     pq.write_table(
         canonical(table, schema),

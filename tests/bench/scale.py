@@ -152,6 +152,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             path = ("commands", name, key)
             rows.append((f"{name}: {unit}", *(_cell(r, how, *path) for r in results), _growth(results, *path)))
     others = (
+        ("prompts looked up", ("lookup", "prompts"), str),
         ("look-up itself: seconds", ("lookup", "seconds"), _number),
         ("prompts, verifier and tokenizer before it: seconds", ("lookup", "load_seconds"), _number),
         ("rollouts on disk: MiB", ("bytes", "total"), _mib),

@@ -20,7 +20,7 @@ from tasks.legs import (
     train_segment,
 )
 from tasks.monitor import announce, confirm, look, pending_rollback
-from tasks.policies import commit_warm_start, evaluate_policy, make_guide
+from tasks.policies import commit_warm_start, evaluate_policy, has_weights, make_guide
 from tasks.reports import publish_report
 from tasks.signals import measure_signal
 from tasks.workspaces import workspace
@@ -126,7 +126,8 @@ def train(run: str, leg: LegRecord, stop: int, ends_at: Callable[[int], bool] = 
             # Boundaries lie at multiples of the segment's size, wherever the leg starts.
             segment = train_segment(run, leg, step, min(stop, (step // size + 1) * size))
             step = segment.stop
-            if leg.kind in MAIN_LINE_KINDS and every and step % every == 0:
+            due = leg.kind in MAIN_LINE_KINDS and every and step % every == 0
+            if due and has_weights(run, segment.checkpoint):
                 accuracy = {"accuracy": evaluate_policy(run, segment.checkpoint).accuracy}
             bar(step - leg.start, accuracy)
     return leg_checkpoint(run, leg, step)

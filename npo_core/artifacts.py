@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from npo_core.store import StoreError, open_store
 from npo_core.tombstones import removals
 from schemas import layout
 from schemas.decisions import DecisionRecord
-from schemas.digest import digest_json
+from schemas.digest import canonical_json
 from schemas.records import (
     CheckpointManifest,
     CheckpointRef,
@@ -32,6 +33,10 @@ from schemas.records import (
 
 if TYPE_CHECKING:  # it loads torch, which readers of a store do not need
     from npo_core.evaluate import Evaluation
+
+
+PROMPTS_AT_ONCE = 4096
+"""Prompts that are Python objects at one time."""
 
 
 def runs(store: Store) -> list[str]:
@@ -292,4 +297,11 @@ class RunArtifacts(Checkpoints, Legs):
 
 def prompts_digest(table: pa.Table) -> str:
     """`RunRecord.prompts_digest` of prompts by `schemas.tables.PROMPTS`."""
-    return digest_json(table.to_pylist())
+    digest, before = hashlib.sha256(), b"["
+    # The canonical JSON of all rows, which at once would take many times the table's memory.
+    for batch in table.to_batches(max_chunksize=PROMPTS_AT_ONCE):
+        for row in batch.to_pylist():
+            digest.update(before + canonical_json(row))
+            before = b","
+    digest.update(b"]" if before == b"," else b"[]")
+    return digest.hexdigest()

@@ -32,7 +32,10 @@ def begin(config: Config) -> Workspace:
     Raises:
         ConfigurationError: the run was begun with another recipe (names the fields), or the model cannot be found.
     """
-    run = RunArtifacts(open_store(config.run.store), config.run.name)
+    store = open_store(config.run.store)
+    if config.run.single_writer:
+        store.declare_single_writer()
+    run = RunArtifacts(store, config.run.name)
     record = run.find_record()
     if record is None or not run.is_frozen():
         # A run killed while it began has a record, but not all that the record speaks of.

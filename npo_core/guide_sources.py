@@ -21,8 +21,8 @@ def window_steps(prompts: PromptSource, start: int, stop: int) -> dict[str, list
     """The steps of a window [start, stop) at which each of its prompts occurs."""
     steps: dict[str, list[int]] = {}
     for step in range(start, stop):
-        for prompt in prompts.batch(step):
-            steps.setdefault(prompt.prompt_id, []).append(step)
+        for prompt_id in prompts.batch_ids(step):
+            steps.setdefault(prompt_id, []).append(step)
     return steps
 
 

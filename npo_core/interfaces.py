@@ -214,6 +214,9 @@ class PromptSource(Protocol):
     def batch(self, step: int) -> list[Prompt]:
         """The distinct training prompts of `step`, in order."""
 
+    def batch_ids(self, step: int) -> list[str]:
+        """The identifiers of `batch`, without the prompts."""
+
     def held_out(self) -> list[Prompt]:
         """The prompts of the evaluation."""
 

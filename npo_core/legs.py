@@ -100,7 +100,7 @@ class Legs(RunFiles):
         for table in (rollouts, metrics, telemetry):
             _require_rows_of(table, leg.leg_id, start, stop)
         folder = layout.segment(leg.leg_id, start, stop)
-        own = pc.equal(rollouts["source"], "policy")
+        own = rollouts["completion_ids"].filter(pc.equal(rollouts["source"], "policy"))
         rows = SegmentRows(
             start=start,
             stop=stop,
@@ -109,7 +109,7 @@ class Legs(RunFiles):
                 for role, table in (("rollouts", rollouts), ("metrics", metrics), ("telemetry", telemetry))
             ),
             logical_digest=segment_digest(rollouts, metrics),
-            tokens_policy=pc.sum(pc.list_value_length(rollouts.filter(own)["completion_ids"])).as_py() or 0,
+            tokens_policy=pc.sum(pc.list_value_length(own)).as_py() or 0,
         )
         fault_point("segment-data")
         return rows
@@ -140,6 +140,8 @@ class Legs(RunFiles):
         if epoch is not None:
             self._require_head(leg.leg_id, epoch)
         for other in self.all_segments(leg.leg_id):
+            if (other.start, other.stop) == (rows.start, rows.stop):
+                return other  # committed since
             if other.start < rows.stop and rows.start < other.stop:
                 raise NearFutureError(
                     f"steps {other.start}-{other.stop} of leg {leg.leg_id} are committed already, {rows.start}-"

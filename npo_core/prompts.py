@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from npo_core import testbed
 from npo_core.interfaces import Prompt, Verifier
@@ -18,13 +19,12 @@ from schemas.tables import PROMPTS
 
 
 class PromptTable:
-    """A `PromptSource` in memory. Each epoch goes through a permutation of the pool which (seed, epoch) alone decide.
-    What is left of the pool after its last whole batch waits for another epoch, so that the prompts of a step are
-    always distinct.
+    """A `PromptSource` over a table in memory. Each epoch goes through a permutation of the pool which (seed, epoch)
+    alone decide. What is left of the pool after its last whole batch waits for another epoch, so that the prompts of a
+    step are always distinct.
 
     Args:
-        train: the training pool.
-        held_out: the prompts of the evaluation.
+        table: prompts by `schemas.tables.PROMPTS`; the order of the rows counts.
         seed: of the permutations.
         prompts_per_step: size of a batch.
 
@@ -32,44 +32,53 @@ class PromptTable:
         ValueError: two prompts share an identifier, or the pool is smaller than a batch.
     """
 
-    def __init__(self, train: Sequence[Prompt], held_out: Sequence[Prompt], seed: int, prompts_per_step: int) -> None:
-        self._train, self._held_out = list(train), list(held_out)
-        self._by_id = {prompt.prompt_id: prompt for prompt in [*train, *held_out]}
+    def __init__(self, table: pa.Table, seed: int, prompts_per_step: int) -> None:
+        self._table = table.combine_chunks()
+        self._rows = {prompt_id: row for row, prompt_id in enumerate(table["prompt_id"].to_pylist())}
+        self._train, self._held_out = (
+            pc.indices_nonzero(pc.equal(table["split"], split)).to_numpy() for split in ("train", "held_out")
+        )
         self._seed, self._prompts_per_step = seed, prompts_per_step
-        if len(self._by_id) != len(train) + len(held_out):
+        self._order: tuple[int, np.ndarray] | None = None
+        if len(self._rows) != table.num_rows:
             raise ValueError("two prompts share a prompt_id")
-        if not 0 < prompts_per_step <= len(train):
-            raise ValueError(f"prompts_per_step {prompts_per_step} is not between 1 and the pool's {len(train)}")
-
-    @classmethod
-    def from_arrow(cls, table: pa.Table, seed: int, prompts_per_step: int) -> PromptTable:
-        """The source over a table by `schemas.tables.PROMPTS`; the order of its rows counts."""
-        splits: dict[str, list[Prompt]] = {"train": [], "held_out": []}
-        for row in table.to_pylist():
-            splits[row["split"]].append(
-                Prompt(
-                    prompt_id=row["prompt_id"],
-                    task=row["task"],
-                    messages=tuple(json.loads(row["messages"])),
-                    answer=row["answer"],
-                    image_refs=tuple(row["image_refs"]),
-                )
-            )
-        return cls(splits["train"], splits["held_out"], seed, prompts_per_step)
+        if not 0 < prompts_per_step <= len(self._train):
+            raise ValueError(f"prompts_per_step {prompts_per_step} is not between 1 and the pool's {len(self._train)}")
 
     def get(self, prompt_id: str) -> Prompt:
         """See `PromptSource.get`."""
-        return self._by_id[prompt_id]
+        return self._prompts([self._rows[prompt_id]])[0]
 
     def batch(self, step: int) -> list[Prompt]:
         """See `PromptSource.batch`."""
-        epoch, turn = divmod(step, len(self._train) // self._prompts_per_step)
-        order = philox("prompts", self._seed, epoch).permutation(len(self._train))
-        return [self._train[n] for n in order[turn * self._prompts_per_step :][: self._prompts_per_step]]
+        return self._prompts(self._places(step))
+
+    def batch_ids(self, step: int) -> list[str]:
+        """The identifiers of `batch`."""
+        return self._table["prompt_id"].take(pa.array(self._places(step))).to_pylist()
 
     def held_out(self) -> list[Prompt]:
         """See `PromptSource.held_out`."""
-        return list(self._held_out)
+        return self._prompts(self._held_out)
+
+    def _places(self, step: int) -> np.ndarray:
+        """Rows of a step's batch."""
+        epoch, turn = divmod(step, len(self._train) // self._prompts_per_step)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, philox("prompts", self._seed, epoch).permutation(len(self._train))
+        return self._train[self._order[1][turn * self._prompts_per_step :][: self._prompts_per_step]]
+
+    def _prompts(self, places: Sequence[int] | np.ndarray) -> list[Prompt]:
+        return [
+            Prompt(
+                prompt_id=row["prompt_id"],
+                task=row["task"],
+                messages=tuple(json.loads(row["messages"])),
+                answer=row["answer"],
+                image_refs=tuple(row["image_refs"]),
+            )
+            for row in self._table.take(pa.array(places, pa.int64())).to_pylist()
+        ]
 
 
 def to_arrow(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> pa.Table:

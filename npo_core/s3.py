@@ -46,8 +46,9 @@ def connect(url: str) -> tuple[Any, str]:
     return fs, path
 
 
-class S3Writes:
-    """Conditional writes by `If-None-Match` and `If-Match`, as AWS and most compatible stores have them.
+class S3Objects:
+    """Objects of S3. Writes are conditional by `If-None-Match` and `If-Match`, as AWS and most compatible stores have
+    them.
 
     Whether this store has them is asked before the first one: a store that ignores a condition answers as if it had
     been met, and two writers would overwrite each other unseen.
@@ -60,8 +61,12 @@ class S3Writes:
         self.single_writer = False
         self._conditional: bool | None = None
 
+    def is_absent(self, error: Exception) -> bool:
+        """See `Objects.is_absent`."""
+        return isinstance(error, FileNotFoundError) and _code(error.__cause__) != "NoSuchBucket"
+
     def remedy(self, error: Exception) -> str | None:
-        """See `Writes.remedy`."""
+        """See `Objects.remedy`."""
         if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
             return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,"
         if isinstance(error, PermissionError):
@@ -72,15 +77,24 @@ class S3Writes:
             return "check the network and AWS_ENDPOINT_URL,"
         return None
 
+    def read(self, path: str) -> bytes | None:
+        """See `Objects.read`. One request; with more than one at a time s3fs would ask for the size first."""
+        try:
+            return self.fs.cat_file(path, max_concurrency=1)
+        except OSError as error:
+            if self.is_absent(error):
+                return None
+            raise
+
     def publish(self, path: str, source: bytes | Path) -> None:
-        """See `Writes.publish`. Large files go in parts, which become visible together."""
+        """See `Objects.publish`. Large files go in parts, which become visible together."""
         if isinstance(source, bytes):
             self.fs.pipe_file(path, source)
         else:
             self.fs.put_file(str(source), path)
 
     def create(self, path: str, data: bytes) -> bool:
-        """See `Writes.create`.
+        """See `Objects.create`.
 
         Raises:
             ConfigurationError: the store ignores conditions, and nobody said that there is one writer only.
@@ -90,7 +104,7 @@ class S3Writes:
         return not self.fs.exists(path) and self._put(path, data)
 
     def swap(self, path: str, expected: bytes | None, new: bytes) -> bool:
-        """See `Writes.swap`; raises as `create` does."""
+        """See `Objects.swap`; raises as `create` does."""
         if expected is None:
             return self.create(path, new)
         present, etag = self._get(path)
@@ -137,10 +151,9 @@ class S3Writes:
         """An object's bytes with their ETag."""
         try:
             etag = self.fs.info(path)["ETag"]
-            data = self.fs.cat_file(path)
         except FileNotFoundError:
             return None, ""
-        return data, etag
+        return self.read(path), etag
 
 
 def _code(error: object) -> str | None:

@@ -1,7 +1,8 @@
 """The store: objects under keys on any fsspec file system that has conditional writes.
 
 Data files carry their content's hash in the key, records are created only if absent, and one record, the head, moves
-by compare-and-swap. Reads, sizes and listings go through fsspec; how a protocol writes is a `Writes` of its own.
+by compare-and-swap. Listings and large files go through fsspec; how a protocol reads and writes whole objects is an
+`Objects` of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fsspec.core import split_protocol
 from pydantic import ValidationError
 
 from npo_core.interfaces import ConfigurationError, ManifestT, NearFutureError, RecordT, StoredObject
-from npo_core.writes import CHUNK_BYTES, LocalWrites, Writes
+from npo_core.objects import CHUNK_BYTES, LocalObjects, Objects
 from schemas import layout
 from schemas.config import without_credentials
 from schemas.digest import canonical_json, digest_bytes
@@ -49,10 +50,10 @@ def open_store(url: str) -> FsspecStore:
         from npo_core import s3  # a third of a second, which a local run need not wait for
 
         fs, path = s3.connect(url)
-        return FsspecStore(fs, path, s3.S3Writes(fs))
+        return FsspecStore(fs, path, s3.S3Objects(fs))
     if protocol in ("file", "local"):
         fs, path = fsspec.url_to_fs(url)
-        return FsspecStore(fs, path.rstrip("/"), LocalWrites())
+        return FsspecStore(fs, path.rstrip("/"), LocalObjects())
     raise ConfigurationError(
         f"run.store {url!r}: protocol {protocol!r} has no conditional writes here; use file://PATH or s3://BUCKET/PREFIX"
     )
@@ -61,28 +62,28 @@ def open_store(url: str) -> FsspecStore:
 class FsspecStore:
     """See `npo_core.interfaces.Store`."""
 
-    def __init__(self, fs: Any, path: str, writes: Writes) -> None:
+    def __init__(self, fs: Any, path: str, objects: Objects) -> None:
         self.fs = fs
         self.path = path
-        self.writes = writes
+        self.objects = objects
         self.root: str = fs.unstrip_protocol(path)
 
     def declare_single_writer(self) -> None:
         """See `Store.declare_single_writer`."""
-        self.writes.single_writer = True
+        self.objects.single_writer = True
 
     def within(self, folder: str) -> FsspecStore:
         """See `Store.within`."""
-        return FsspecStore(self.fs, self._path(folder), self.writes)
+        return FsspecStore(self.fs, self._path(folder), self.objects)
 
     def put_data(self, folder: str, name: str, role: str, source: bytes | Path, rows: int | None = None) -> FileEntry:
         """See `Store.put_data`."""
         with self._explained(source if isinstance(source, Path) else name):
             size, sha256 = _size_and_sha256(source)
         key = layout.data_file(folder, name, sha256)
-        with self._explained(self._path(key)):
+        with self._explained(self._name(key)):
             # Written also if it is there: it may be an earlier attempt's, about to be swept as old debris.
-            self.writes.publish(self._path(key), source)
+            self.objects.publish(self._path(key), source)
         return FileEntry(role=role, name=name, key=key, bytes=size, sha256=sha256, rows=rows)
 
     def create(self, key: str, record: RecordT) -> RecordT:
@@ -90,13 +91,13 @@ class FsspecStore:
         self.create_bytes(key, _encode(record))
         present = self.read(key, type(record))
         if present is None:
-            raise StoreError(f"{self._path(key)} was removed while it was written; run again")
+            raise StoreError(f"{self._name(key)} was removed while it was written; run again")
         return present
 
     def create_bytes(self, key: str, data: bytes) -> bytes:
         """See `Store.create_bytes`."""
-        with self._explained(self._path(key)):
-            return data if self.writes.create(self._path(key), data) else self.fs.cat_file(self._path(key))
+        with self._explained(self._name(key)):
+            return data if self.objects.create(self._path(key), data) else self.objects.read(self._path(key)) or b""
 
     def commit(self, folder: str, manifest: ManifestT) -> ManifestT:
         """See `Store.commit`."""
@@ -114,11 +115,8 @@ class FsspecStore:
 
     def read_bytes(self, key: str) -> bytes | None:
         """See `Store.read_bytes`."""
-        with self._explained(self._path(key)):
-            try:
-                return self.fs.cat_file(self._path(key))
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+        with self._explained(self._name(key)):
+            return self.objects.read(self._path(key))
 
     def read_data(self, entry: FileEntry) -> bytes:
         """See `Store.read_data`."""
@@ -148,59 +146,69 @@ class FsspecStore:
         present = None if data is None else self._decode(key, type(new), data)
         if present != expected:
             return False
-        with self._explained(self._path(key)):
-            return self.writes.swap(self._path(key), data, _encode(new))
+        with self._explained(self._name(key)):
+            return self.objects.swap(self._path(key), data, _encode(new))
 
     def walk(self, folder: str) -> list[StoredObject]:
         """See `Store.walk`."""
-        with self._explained(self._path(folder)):
+        with self._explained(self._name(folder)):
             found = self.fs.find(self._path(folder), detail=True)
             return [
-                StoredObject(path[len(self.path) + 1 :], info["size"], _modified(info)) for path, info in found.items()
+                StoredObject(path[len(self.path) + 1 :], info["size"], _modified(info))
+                for path, info in found.items()
+                if info["type"] == "file"
             ]
 
     def list(self, folder: str) -> list[str]:
         """See `Store.list`."""
-        with self._explained(self._path(folder)):
+        with self._explained(self._name(folder)):
             try:
-                found = self.fs.ls(self._path(folder), detail=False)
-            except (FileNotFoundError, NotADirectoryError):
-                return []
-        names = (str(path).rstrip("/").rpartition("/")[2] for path in found)
+                found = [str(path).rstrip("/") for path in self.fs.ls(self._path(folder), detail=False)]
+            except self.objects.errors as error:
+                if self.objects.is_absent(error):
+                    return []
+                raise
+        # SeaweedFS lists an emptied folder as its own entry.
+        names = (path.rpartition("/")[2] for path in found if path != self._path(folder))
         return sorted(name for name in names if not name.startswith("."))
 
     def remove(self, key: str) -> None:
         """See `Store.remove`."""
-        with self._explained(self._path(key)), suppress(FileNotFoundError):
+        with self._explained(self._name(key)), suppress(FileNotFoundError):
             self.fs.rm_file(self._path(key))
 
     @contextmanager
     def open(self, entry: FileEntry) -> Iterator[BinaryIO]:
         """See `Store.open`."""
-        path = self._path(entry.key)
-        with self._explained(path):
+        name = self._name(entry.key)
+        with self._explained(name):
             try:
                 # Parquet readers ask for what they want; reading ahead would fetch what they skip.
-                file = self.fs.open(path, "rb", cache_type="none")
+                file = self.fs.open(self._path(entry.key), "rb", cache_type="none")
             except FileNotFoundError as error:
-                raise StoreError(f"{path} is missing; restore it from a copy") from error
+                raise StoreError(f"{name} is missing; restore it from a copy") from error
             with file:
                 if file.size != entry.bytes:
                     raise StoreError(
-                        f"{path} has {file.size} bytes, its manifest says {entry.bytes}; restore it from a copy"
+                        f"{name} has {file.size} bytes, its manifest says {entry.bytes}; restore it from a copy"
                     )
                 yield file
+
+    def _name(self, key: str) -> str:
+        """An object's address, for messages."""
+        base = self.path if self.root.startswith("file:") else self.root
+        return f"{base}/{key}" if key else base
 
     @contextmanager
     def _explained(self, subject: object) -> Iterator[None]:
         """Turns a client library's error into one message: what, why and what to do."""
         try:
             yield
-        except self.writes.errors as error:
+        except self.objects.errors as error:
             raise StoreError(f"{subject}: {_said(error)}; {self._remedy(error)}") from error
 
     def _remedy(self, error: Exception) -> str:
-        return f"{self.writes.remedy(error) or 'mend this'} and run again; nothing that was committed is lost"
+        return f"{self.objects.remedy(error) or 'mend this'} and run again; nothing that was committed is lost"
 
     def _path(self, key: str) -> str:
         return f"{self.path}/{key}" if key else self.path
@@ -211,32 +219,32 @@ class FsspecStore:
             version = value.get("schema_version")
             if version != SCHEMA_VERSION:
                 raise StoreError(
-                    f"{self._path(key)} has schema version {version}, this program reads version {SCHEMA_VERSION}; "
+                    f"{self._name(key)} has schema version {version}, this program reads version {SCHEMA_VERSION}; "
                     "use the program that wrote it"
                 )
             return kind.model_validate_json(data)
         except (ValueError, AttributeError, ValidationError) as error:
             raise StoreError(
-                f"{self._path(key)} is no {kind.__name__} ({str(error).splitlines()[0]}); restore it from a copy"
+                f"{self._name(key)} is no {kind.__name__} ({str(error).splitlines()[0]}); restore it from a copy"
             ) from error
 
     def _chunks(self, entry: FileEntry) -> Iterator[bytes]:
         """The content; after the last chunk size and hash are checked."""
-        path, size, digest = self._path(entry.key), 0, hashlib.sha256()
+        name, size, digest = self._name(entry.key), 0, hashlib.sha256()
         try:
-            with self.fs.open(path, "rb") as file:
+            with self.fs.open(self._path(entry.key), "rb") as file:
                 while chunk := file.read(CHUNK_BYTES):
                     size += len(chunk)
                     digest.update(chunk)
                     yield chunk
         except FileNotFoundError as error:
-            raise StoreError(f"{path} is missing; restore it from a copy") from error
-        except self.writes.errors as error:
-            raise StoreError(f"{path} cannot be read: {_said(error)}; {self._remedy(error)}") from error
+            raise StoreError(f"{name} is missing; restore it from a copy") from error
+        except self.objects.errors as error:
+            raise StoreError(f"{name} cannot be read: {_said(error)}; {self._remedy(error)}") from error
         if size != entry.bytes:
-            raise StoreError(f"{path} has {size} bytes, its manifest says {entry.bytes}; restore it from a copy")
+            raise StoreError(f"{name} has {size} bytes, its manifest says {entry.bytes}; restore it from a copy")
         if digest.hexdigest() != entry.sha256:
-            raise StoreError(f"{path} was altered: its SHA-256 is not the manifest's; restore it from a copy")
+            raise StoreError(f"{name} was altered: its SHA-256 is not the manifest's; restore it from a copy")
 
 
 def _said(error: Exception) -> str:

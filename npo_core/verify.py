@@ -108,7 +108,7 @@ class _Verification:
         self.expect(same, layout.RUN, problem, "verify with the version that began the run")
         with self.findings.about(layout.PROMPTS):
             # Batches are not asked for here, so their size does not matter.
-            self.prompts = PromptTable.from_arrow(self.run.prompts(), seed=0, prompts_per_step=1)
+            self.prompts = PromptTable(self.run.prompts(), seed=0, prompts_per_step=1)
         with self.findings.about(layout.manifest(layout.MODEL)):
             model = self.run.model()
             if model is None:

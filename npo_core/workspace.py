@@ -79,7 +79,7 @@ class Workspace:
     @cached_property
     def prompts(self) -> PromptTable:
         """The run's prompts, as they were frozen when it began."""
-        return PromptTable.from_arrow(self.run.prompts(), self.config.run.seed, self.config.rollout.prompts_per_step)
+        return PromptTable(self.run.prompts(), self.config.run.seed, self.config.rollout.prompts_per_step)
 
     @cached_property
     def verifier(self) -> Any:

@@ -119,6 +119,13 @@ def _sample(opened: Workspace, spec: GuideSpec, guide_id: str, asked: Sequence[s
         )
 
 
+def has_weights(run: str, checkpoint: CheckpointRef) -> bool:
+    """Whether a policy can be loaded: `npo gc` may have removed it since its steps were trained."""
+    from npo_core.tombstones import removals
+
+    return checkpoint not in removals(workspace(run).run.tombstones())
+
+
 @task(name="evaluate policy", task_run_name="evaluate {checkpoint.step}", **OPTIONS)
 def evaluate_policy(run: str, checkpoint: CheckpointRef) -> EvalManifest:
     """Samples answers to the held-out prompts from a checkpoint, and commits the scores. Found if committed."""

@@ -108,7 +108,7 @@ class _Builder:
         )
         prompts = [_prompt(i, seed) for i in range(48 + HELD_OUT)]
         self.train, self.held_out = prompts[:48], prompts[48:]
-        self.prompts = PromptTable(self.train, self.held_out, seed, PROMPTS_A_STEP)
+        self.prompts = PromptTable(to_arrow(self.train, self.held_out), seed, PROMPTS_A_STEP)
         self.seed = seed
 
     def run(self) -> RunArtifacts:

@@ -440,6 +440,19 @@ def test_a_run_that_goes_on_after_a_gc_is_bit_identical(tmp_path: Path, prefect_
 
 
 @pytest.mark.slow
+def test_evaluations_asked_for_after_a_gc_leave_out_what_it_removed(
+    tmp_path: Path, prefect_server: dict[str, str]
+) -> None:
+    first = run_arguments("testbed-grpo", tmp_path, "demo", evaluation__every=0)
+    uri = last_json(npo(*first, "--json", env=prefect_server))["run"]
+    swept = last_json(npo("gc", uri, "--keep-last", "1", "--json"))
+    assert swept["removed"]
+    more = run_arguments("testbed-grpo", tmp_path, "demo", evaluation__every=2, run__total_steps=12)
+    assert last_json(npo(*more, "--json", env=prefect_server))["head_step"] == 12
+    assert {e.checkpoint.step for e in open_run(uri).evaluations()} == {0, 8, 10, 12}
+
+
+@pytest.mark.slow
 def test_autonpo_rolls_back_the_same_way_after_a_gc(tmp_path: Path, prefect_server: dict[str, str]) -> None:
     calm = last_json(npo(*autonpo_arguments(tmp_path / "calm", "demo"), "--json", env=prefect_server))
     # It ends where the monitor warns: what it would roll back to must outlive the gc.

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npo_core import testbed
+from npo_core.artifacts import prompts_digest
 from npo_core.interfaces import ConfigurationError, Prompt, PromptSource, Verifier
 from npo_core.prompts import PromptTable, encode, load_source, load_verifier, to_arrow
 from npo_core.testbed.tokenizer import build_tokenizer
 from schemas.config import Config
+from schemas.digest import digest_json
 from schemas.tables import PROMPTS
 
 seeds = st.integers(0, 2**31 - 1)
@@ -25,11 +27,23 @@ def prompts(count: int, prefix: str = "t") -> list[Prompt]:
 
 
 def table(pool: int, batch: int, seed: int = 0) -> PromptTable:
-    return PromptTable(prompts(pool), prompts(3, "h"), seed, batch)
+    return PromptTable(to_arrow(prompts(pool), prompts(3, "h")), seed, batch)
 
 
 def ids(batch: list[Prompt]) -> list[str]:
     return [prompt.prompt_id for prompt in batch]
+
+
+def test_a_steps_identifiers_are_those_of_its_prompts() -> None:
+    source = table(11, 3)
+    for step in range(9):
+        assert source.batch_ids(step) == ids(source.batch(step))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5000])
+def test_the_digest_of_prompts_is_that_of_their_canonical_json(count: int) -> None:
+    rows = to_arrow(prompts(count), [])
+    assert prompts_digest(rows) == digest_json(rows.to_pylist())
 
 
 def config(**data: object) -> Config:
@@ -91,10 +105,10 @@ def test_prompts_are_found_by_identifier_in_both_splits() -> None:
 
 def test_doubled_identifiers_and_batches_beyond_the_pool_are_refused() -> None:
     with pytest.raises(ValueError, match="prompt_id"):
-        PromptTable(prompts(3), prompts(1), 0, 2)
+        PromptTable(to_arrow(prompts(3), prompts(1)), 0, 2)
     for size in (0, 4):
         with pytest.raises(ValueError, match="prompts_per_step"):
-            PromptTable(prompts(3), [], 0, size)
+            PromptTable(to_arrow(prompts(3), []), 0, size)
 
 
 @settings(deadline=None)
@@ -109,10 +123,10 @@ def test_prompts_come_back_from_parquet_as_they_were(contents: list[tuple[str, s
     assert written.schema.equals(PROMPTS, check_metadata=True)
     buffer = io.BytesIO()
     pq.write_table(written, buffer)
-    source = PromptTable.from_arrow(pq.read_table(buffer), seed=7, prompts_per_step=1)
+    source = PromptTable(pq.read_table(buffer), seed=7, prompts_per_step=1)
     assert [source.get(prompt.prompt_id) for prompt in train] == train
     assert source.held_out() == prompts(2, "h")
-    direct = PromptTable(train, prompts(2, "h"), seed=7, prompts_per_step=1)
+    direct = PromptTable(to_arrow(train, prompts(2, "h")), seed=7, prompts_per_step=1)
     assert [source.batch(step) for step in range(6)] == [direct.batch(step) for step in range(6)]
 
 

@@ -128,7 +128,7 @@ def test_rows_are_those_of_a_plain_filter_over_whole_files(
 def test_one_prompt_is_a_small_part_of_what_is_read(stored: tuple[RunFiles, list[Manifest]]) -> None:
     run, files = stored
     counting = RunFiles(run.store, "")
-    counting.store = CountingStore(run.store.fs, run.store.path, run.store.writes)  # type: ignore[attr-defined]
+    counting.store = CountingStore(run.store.fs, run.store.path, run.store.objects)  # type: ignore[attr-defined]
     CountingStore.count = 0
     history = frame(counting, files, "rollouts", ("step", "text"), Where(prompts=("p007",)))
     assert history.height == 2 * STEPS * GROUP

@@ -110,13 +110,13 @@ def test_a_move_of_the_head_whose_reply_was_lost_has_happened_once(
     store, proxy = behind_proxy
     run = RunArtifacts(store, "run")
     first = run.move_head(None, "main")
-    put = store.writes._put  # type: ignore[attr-defined]
+    put = store.objects._put  # type: ignore[attr-defined]
 
     def put_and_lose_the_reply(*arguments: Any, **condition: str) -> bool:
         proxy.rates = _Once({fault: 1.0})
         return put(*arguments, **condition)
 
-    monkeypatch.setattr(store.writes, "_put", put_and_lose_the_reply)
+    monkeypatch.setattr(store.objects, "_put", put_and_lose_the_reply)
     assert run.move_head(first, "replay") == Head(leg_id="replay", epoch=1) == run.head()
     assert proxy.injected[fault] == 1
 

@@ -103,7 +103,7 @@ class _Writer:
         self.vocabulary = Vocabulary()
         self.pool: Pool = make_pool(self.vocabulary, shape.pool + HELD_OUT, shape.tokens, shape.seed)
         train, held_out = self.pool.prompts[: shape.pool], self.pool.prompts[shape.pool :]
-        self.prompts = PromptTable(train, held_out, shape.seed, shape.prompts_per_step)
+        self.prompts = PromptTable(to_arrow(train, held_out), shape.seed, shape.prompts_per_step)
         self.config = Config.model_validate(
             {
                 "run": {

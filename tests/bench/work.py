@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from npo_core import testbed
 from npo_core.interfaces import Prompt, Verdict, Verifier
-from npo_core.prompts import PromptTable, load_source
+from npo_core.prompts import PromptTable, load_source, to_arrow
 from schemas.config import Config
 
 
@@ -65,7 +65,7 @@ class StepRecord:
 def small_work(seed: int, learning_rate: float = 1e-4) -> Work:
     """GRPO on the embedded testbed: 32 prompts × 8 rollouts of at most 14 tokens."""
     config = grpo_config(seed, learning_rate, {})
-    prompts = PromptTable(*load_source(config), seed, config.rollout.prompts_per_step)
+    prompts = PromptTable(to_arrow(*load_source(config)), seed, config.rollout.prompts_per_step)
     return Work(config, testbed.model_dir(), prompts, testbed.TestbedVerifier())
 
 
@@ -106,7 +106,7 @@ def random_work(directory: Path) -> Work:
         for n, words_n in enumerate(rng.integers(2, vocabulary, size=(pool, prompt_words)))
     ]
     config = grpo_config(0, 1e-4, {"prompts_per_step": 2, "max_new_tokens": 256})
-    return Work(config, directory, PromptTable(prompts, [], 0, 2), HashVerifier())
+    return Work(config, directory, PromptTable(to_arrow(prompts, []), 0, 2), HashVerifier())
 
 
 def grpo_config(seed: int, learning_rate: float, rollout: dict[str, int]) -> Config:

@@ -1,4 +1,4 @@
-"""How a protocol writes: whole objects, conditionally; and that on a POSIX file system."""
+"""How a protocol reads and writes whole objects, conditionally; and that on a POSIX file system."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ from typing import Protocol
 CHUNK_BYTES = 1 << 20
 
 
-class Writes(Protocol):
-    """How one protocol writes: whole objects, conditionally. Errors are those of its client library."""
+class Objects(Protocol):
+    """Whole objects under the paths of one protocol. Errors are those of its client library."""
 
     single_writer: bool
     """The user's word that no second process writes: where a store knows no conditions, reading first must do."""
     errors: tuple[type[Exception], ...]
     """What its client library raises."""
 
+    def is_absent(self, error: Exception) -> bool:
+        """Whether an error says that an object or a folder is not there, but the store is."""
+
     def remedy(self, error: Exception) -> str | None:
         """What a user can do about an error, if anything special."""
+
+    def read(self, path: str) -> bytes | None:
+        """An object's bytes; None if there is none."""
 
     def publish(self, path: str, source: bytes | Path) -> None:
         """Writes an object; readers see all of it or nothing."""
@@ -36,14 +42,18 @@ class Writes(Protocol):
         """Writes an object if the present bytes are `expected` (None: absent). False if they are not."""
 
 
-class LocalWrites:
-    """Conditional writes on a POSIX file system. Temporary files begin with a dot and lie beside their target."""
+class LocalObjects:
+    """Files of a POSIX file system. Temporary files begin with a dot and lie beside their target."""
 
     single_writer = False
     errors: tuple[type[Exception], ...] = (OSError,)
 
+    def is_absent(self, error: Exception) -> bool:
+        """See `Objects.is_absent`."""
+        return isinstance(error, (FileNotFoundError, NotADirectoryError))
+
     def remedy(self, error: Exception) -> str | None:
-        """See `Writes.remedy`."""
+        """See `Objects.remedy`."""
         code = getattr(error, "errno", None)
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return "free some space"
@@ -53,14 +63,23 @@ class LocalWrites:
             return "check that run.store is a directory that can be made,"
         return None
 
+    def read(self, path: str) -> bytes | None:
+        """See `Objects.read`."""
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            if self.is_absent(error):
+                return None
+            raise
+
     def publish(self, path: str, source: bytes | Path) -> None:
-        """See `Writes.publish`."""
+        """See `Objects.publish`."""
         with self._staged(path, source) as temporary:
             os.replace(temporary, path)
         _sync_folder(os.path.dirname(path))
 
     def create(self, path: str, data: bytes) -> bool:
-        """See `Writes.create`."""
+        """See `Objects.create`."""
         with self._staged(path, data) as temporary:
             try:
                 os.link(temporary, path)
@@ -70,13 +89,12 @@ class LocalWrites:
         return True
 
     def swap(self, path: str, expected: bytes | None, new: bytes) -> bool:
-        """See `Writes.swap`. The kernel frees the lock of a process that dies."""
+        """See `Objects.swap`. The kernel frees the lock of a process that dies."""
         folder, name = os.path.split(path)
         _make_folder(folder)
         with open(f"{folder}/.{name}.lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            present = Path(path).read_bytes() if os.path.exists(path) else None
-            if present != expected:
+            if self.read(path) != expected:
                 return False
             self.publish(path, new)
             return True

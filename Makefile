@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 # One thread a process: the testbed's tensors are small, and bit-identity holds for one number of threads.
 export OMP_NUM_THREADS ?= 1
 
+# A test file's processes take one core, and often wait; more workers want more memory, about 2 GiB each.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 .PHONY: help setup setup-dev demo test check bench soak browser clean
 
 help:  ## this list
@@ -38,13 +42,13 @@ check: setup-dev  ## lint, types, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not soak"
+	$(PYTEST) -m "not slow and not soak"
 
 test: setup-dev browser  ## everything but the long counts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not soak"
+	$(PYTEST) -m "not soak"
 
 soak: setup-dev  ## the long counts: random kills
 	$(BIN)/python -m pytest -m soak -s --timeout 7200

@@ -229,6 +229,7 @@ def test_what_cannot_work_is_told_in_one_line(
         store, remedy = f"s3://nowhere/{tmp_path.name}", "bucket"
     else:
         env["AWS_ENDPOINT_URL"], remedy = "http://127.0.0.1:1", "AWS_ENDPOINT_URL"
+        env["FSSPEC_S3"] = json.dumps({"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 2}}})
     arguments = {"run": run_arguments("testbed-grpo", store, "demo"), "show": ["show", f"{store}/demo"]}
     result = npo(*arguments.get(command, ["ls", store]), "--json", env=env, timeout=90)
     assert result.returncode in (1, 2), result.stderr

@@ -136,11 +136,9 @@ def test_two_processes_of_one_run_end_with_the_work_of_one(
     assert npo("verify", run.uri).returncode == 0
 
 
-def test_two_processes_of_one_autonpo_run_decide_once(
-    store: str, tmp_path: Path, prefect_server: dict[str, str]
-) -> None:
+def test_two_processes_of_one_autonpo_run_decide_once(tmp_path: Path, prefect_server: dict[str, str]) -> None:
     calm = last_json(npo(*autonpo_arguments(tmp_path / "calm", "demo"), "--json", env=prefect_server))
-    arguments = [*autonpo_arguments(store, "demo"), "--json"]
+    arguments = [*autonpo_arguments(f"s3://runs/{tmp_path.name}", "demo"), "--json"]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda _: npo(*arguments, env=prefect_server), range(2)))
     assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
@@ -150,8 +148,9 @@ def test_two_processes_of_one_autonpo_run_decide_once(
 
 
 def test_stages_run_again_while_the_run_goes_on_find_what_is_there(
-    store: str, prefect_server: dict[str, str], undisturbed: dict[str, Any]
+    tmp_path: Path, prefect_server: dict[str, str], undisturbed: dict[str, Any]
 ) -> None:
+    store = f"s3://runs/{tmp_path.name}"
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", *run_arguments("testbed-npo", store, "demo")],
         cwd=ROOT,

@@ -12,6 +12,9 @@ import pyarrow as pa
 
 from npo_core.interfaces import NearFutureError, Verdict
 
+ROWS_AT_ONCE = 256
+"""Rows that are Python objects at one time."""
+
 
 @dataclass(frozen=True)
 class GuideTrajectory:
@@ -75,7 +78,8 @@ def read_guide(
     Raises:
         NearFutureError: an answer is not correct, is truncated, or its prompt has other token ids in this run.
     """
-    for row in chain.from_iterable(table.to_pylist() for table in tables):
+    batches = chain.from_iterable(table.to_batches(max_chunksize=ROWS_AT_ONCE) for table in tables)
+    for row in chain.from_iterable(batch.to_pylist() for batch in batches):
         prompt_id = row["prompt_id"]
         verdict = verify(prompt_id, row["completion_ids"])
         if not verdict.correct or row["finish_reason"] != "stop":

@@ -21,7 +21,8 @@ from npo_core.run_files import RunFiles
 from schemas.records import Manifest
 
 FILES_AT_ONCE = 8
-"""Files of which one prompt's rows are read at one time: waiting for the store is most of the work then."""
+"""Files that are read at one time where only a little is wanted of each: waiting for the store is most of the work."""
+LITTLE_BYTES = 1 << 18
 GROUPS_AT_ONCE = 8
 """Row groups that are in memory at one time where all of a file is read."""
 
@@ -120,7 +121,8 @@ def read_rows(
             else:
                 yield from _as_they_lie(part, groups, columns, where)
 
-    for table in _of_all(of, manifests, FILES_AT_ONCE if where.prompts is not None else 1):
+    little = where.prompts is not None or all(m.file(role).bytes <= LITTLE_BYTES for m in manifests)
+    for table in _of_all(of, manifests, FILES_AT_ONCE if little else 1):
         if limit is not None:
             table = table.slice(0, limit)
             limit -= table.num_rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,7 @@ from npo_core import lineage
 from npo_core.artifacts import RunArtifacts, runs
 from npo_core.interfaces import NearFutureError, Store
 from npo_core.rows import frame
+from npo_core.store import READERS
 from schemas import tables
 from schemas.records import EvalManifest, Head, LegRecord, SegmentManifest
 
@@ -96,10 +98,12 @@ def metrics(run: RunArtifacts) -> pl.DataFrame:
 
 def averages(run: RunArtifacts, of: Sequence[SegmentManifest]) -> pl.DataFrame:
     """AutoNPO's averages after each step of some segments, as far as their checkpoints remember them."""
+    with ThreadPoolExecutor(READERS) as pool:
+        states = list(pool.map(lambda segment: run.monitor_state(segment.checkpoint), of))
     rows = [
         (segment.leg_id, seen.step, seen.reward_ema, seen.entropy_ema)
-        for segment in of
-        for seen in run.monitor_state(segment.checkpoint).observations
+        for segment, state in zip(of, states, strict=True)
+        for seen in state.observations
         if seen.step >= segment.start
     ]
     types = dict.fromkeys(tables.MONITOR_COLUMNS, pl.Float64)

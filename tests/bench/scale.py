@@ -98,18 +98,22 @@ def measure(uri: str, repeats: int) -> dict[str, Any]:
 
 
 def stored_bytes(run: Any, segments: Sequence[Any]) -> dict[str, float]:
-    """Bytes a completion token: of the rollouts' Parquet files, and of JSON lines of some of their rows."""
+    """Bytes a completion token: of the rollouts' Parquet files, and of JSON lines of some of their rows, with floats as
+    short as float32 allows, and as `json.dumps` writes a row."""
     stored = sum(segment.file("rollouts").bytes for segment in segments)
     table = run.table(segments[0], "rollouts").slice(0, SAMPLE_ROWS)
-    tokens = sum(map(len, table["completion_ids"]))
-    lines = "".join(f"{json.dumps(_shortest(row), ensure_ascii=False)}\n" for row in table.to_pylist()).encode()
+    tokens, sample = sum(map(len, table["completion_ids"])), table.to_pylist()
+    lines = "".join(f"{json.dumps(_shortest(row), ensure_ascii=False)}\n" for row in sample).encode()
+    plain = sum(len(json.dumps(row, ensure_ascii=False).encode()) + 1 for row in sample)
     per_token = stored / sum(segment.tokens_policy for segment in segments)
     return {
         "total": stored,
         "parquet_per_token": per_token,
         "jsonl_per_token": len(lines) / tokens,
         "jsonl_gzip_per_token": len(gzip.compress(lines, 6)) / tokens,
+        "jsonl_plain_per_token": plain / tokens,
         "jsonl_to_parquet": len(lines) / tokens / per_token,
+        "jsonl_plain_to_parquet": plain / tokens / per_token,
     }
 
 
@@ -157,9 +161,11 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         ("prompts, verifier and tokenizer before it: seconds", ("lookup", "load_seconds"), _number),
         ("rollouts on disk: MiB", ("bytes", "total"), _mib),
         ("bytes a token: Parquet", ("bytes", "parquet_per_token"), _number),
-        ("bytes a token: JSON lines", ("bytes", "jsonl_per_token"), _number),
+        ("bytes a token: JSON lines, shortest floats", ("bytes", "jsonl_per_token"), _number),
+        ("bytes a token: JSON lines of json.dumps", ("bytes", "jsonl_plain_per_token"), _number),
         ("bytes a token: JSON lines, gzip", ("bytes", "jsonl_gzip_per_token"), _number),
-        ("JSON lines / Parquet", ("bytes", "jsonl_to_parquet"), _number),
+        ("JSON lines, shortest floats / Parquet", ("bytes", "jsonl_to_parquet"), _number),
+        ("JSON lines of json.dumps / Parquet", ("bytes", "jsonl_plain_to_parquet"), _number),
     )
     rows += [(label, *(_cell(r, how, *path) for r in results), _growth(results, *path)) for label, path, how in others]
     return markdown(("", *(result["run"] for result in results), "last / first"), rows)

@@ -17,6 +17,7 @@ from npo_core.run_files import Environment, origin
 from npo_core.store import StoreError, open_store
 from npo_core.tombstones import removals
 from schemas import layout
+from schemas.config import without_credentials
 from schemas.decisions import DecisionRecord
 from schemas.digest import canonical_json
 from schemas.records import (
@@ -50,8 +51,11 @@ def open_run(uri: str) -> RunArtifacts:
     Raises:
         ConfigurationError: the URI names no run, or its protocol is not supported.
     """
-    root, _, run_id = uri.rstrip("/").rpartition("/")
-    if not root or not run_id:
+    try:
+        root, _, run_id = without_credentials(uri).rstrip("/").rpartition("/")
+    except ValueError as error:
+        raise ConfigurationError(f"run: {error}") from error
+    if not root or not run_id or root.endswith(":/"):
         raise ConfigurationError(f"{uri!r} names no run; give STORE/RUN, say ./runs/{run_id or 'my-run'}")
     return RunArtifacts(open_store(root), run_id)
 

@@ -100,10 +100,20 @@ def _was_claimed(run: RunArtifacts, removal: Removal) -> bool:
     same name, and commits it."""
     if removal.why != UNCOMMITTED:
         return False
-    manifest = run.store.read_bytes(layout.manifest(folder_of(removal.key)))
-    if manifest is None:
-        return bool(_live(run))
-    return removal.key in {entry["key"] for entry in json.loads(manifest)["files"]}
+    folder = folder_of(removal.key)
+    own, *others = (run.store.read_bytes(key) for key in (layout.manifest(folder), *_checkpoint_after(folder)))
+    if own is None and _live(run):
+        return True
+    found = [json.loads(data) for data in (own, *others) if data is not None]
+    parts = [part for manifest in found for part in (manifest, manifest.get("segment")) if part]
+    return removal.key in {entry["key"] for part in parts for entry in part["files"]}
+
+
+def _checkpoint_after(folder: str) -> Iterator[str]:
+    """The manifest of the checkpoint that names a segment's rows before the segment does."""
+    leg, slash, bounds = folder.partition("/segments/")
+    if slash:
+        yield layout.manifest(layout.checkpoint(leg.removeprefix(f"{layout.LEGS}/"), int(bounds.partition("-")[2])))
 
 
 def _live(run: RunArtifacts) -> list[Lease]:

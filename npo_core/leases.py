@@ -22,7 +22,7 @@ TTL_S = 300
 """A lease that was not renewed for so long has expired."""
 RENEW_EVERY_S = 60.0
 CLOSE_WITHIN_S = 5.0
-"""How long the end of a process waits for a renewal that is under way."""
+"""How long the end of a process waits for the lease to be given back."""
 
 
 def since(lease: Lease) -> datetime:
@@ -93,13 +93,9 @@ class HeldLease:
             self.lease = new
 
     def release(self) -> None:
-        """Removes the lease; if that fails, it expires."""
+        """Removes the lease; if that fails, or takes long, it expires."""
         self._released.set()
         self._thread.join(CLOSE_WITHIN_S)
-        try:
-            self.run.store.remove(self._key)
-        except Exception as error:  # at the end of a process, client libraries raise whatever they raise
-            logger.debug("the lease of %s was not removed (%s); it expires", self.run.uri, error)
 
     def _keep(self) -> None:
         while not self._released.wait(self._every):
@@ -107,6 +103,10 @@ class HeldLease:
                 self.renew()
             except Exception as error:  # whatever it is, the run's own writes will say it better
                 logger.warning("the lease of %s was not renewed (%s); `npo gc` may not know of us", self.run.uri, error)
+        try:
+            self.run.store.remove(self._key)
+        except Exception as error:  # at the end of a process, client libraries raise whatever they raise
+            logger.debug("the lease of %s was not removed (%s); it expires", self.run.uri, error)
 
     @property
     def _key(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import pyarrow as pa
@@ -22,6 +23,8 @@ from schemas.records import (
     SegmentManifest,
     SegmentRows,
 )
+
+logger = logging.getLogger("npo")
 
 _SEGMENT = re.compile(r"(\d{6,})-(\d{6,})")
 
@@ -112,6 +115,19 @@ class Legs(RunFiles):
             tokens_policy=pc.sum(pc.list_value_length(own)).as_py() or 0,
         )
         fault_point("segment-data")
+        return rows
+
+    def rows_behind(self, checkpoint: CheckpointManifest, start: int) -> SegmentRows | None:
+        """The rows from `start` on that led to a checkpoint; None if it names none, or if they are no longer whole."""
+        rows = checkpoint.segment
+        if rows is None or rows.start != start:
+            return None
+        try:
+            for entry in rows.files:
+                self.store.check(entry)
+        except NearFutureError as error:
+            logger.warning("%s; the steps are trained again", error)
+            return None
         return rows
 
     def commit_segment(

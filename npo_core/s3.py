@@ -7,19 +7,31 @@ endpoint of a compatible store (AWS_ENDPOINT_URL). None of them is ever part of 
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from aiohttp import ClientError as HttpError
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+from botocore.parsers import ResponseParserError
 from s3fs.core import set_custom_error_handler
 
 from npo_core.interfaces import ConfigurationError
 
-CLIENT = {"retries": {"mode": "standard", "max_attempts": 6}, "connect_timeout": 10, "read_timeout": 30}
-"""botocore's own retries with exponential backoff. Whoever wants others sets them where fsspec has its settings:
+CLIENT = {"retries": {"mode": "standard", "max_attempts": 5}, "connect_timeout": 10, "read_timeout": 20}
+"""botocore's own retries with exponential backoff, and `S3FS_ATTEMPTS` of s3fs around them for what breaks while a body
+is read: a server that hangs stops a run within minutes. Whoever wants others sets them where fsspec has its settings:
 `FSSPEC_S3='{"config_kwargs": {"read_timeout": 120}}'`."""
+
+S3FS_ATTEMPTS = 3
 
 _LOST_RACE = "ConditionalRequestConflict"
 """AWS's answer to one of two conditional writes at the same moment: try again."""
@@ -40,6 +52,7 @@ def connect(url: str) -> tuple[Any, str]:
         skip_instance_cache=True,
         config_kwargs={**CLIENT, **own},
     )
+    fs.retries = S3FS_ATTEMPTS
     path = path.strip("/")
     if not path:
         raise ConfigurationError(f"run.store {url!r} names no bucket; use s3://BUCKET/PREFIX")
@@ -54,7 +67,8 @@ class S3Objects:
     been met, and two writers would overwrite each other unseen.
     """
 
-    errors: tuple[type[Exception], ...] = (OSError, BotoCoreError, HttpError)
+    errors: tuple[type[Exception], ...] = (OSError, BotoCoreError, HttpError, ResponseParserError, ValueError)
+    """A `ValueError` is an endpoint that is no URL, a `ResponseParserError` one that does not speak S3."""
 
     def __init__(self, fs: Any) -> None:
         self.fs = fs
@@ -65,17 +79,19 @@ class S3Objects:
         """See `Objects.is_absent`."""
         return isinstance(error, FileNotFoundError) and _code(error.__cause__) != "NoSuchBucket"
 
-    def remedy(self, error: Exception) -> str | None:
+    def remedy(self, error: Exception) -> str:
         """See `Objects.remedy`."""
         if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
             return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,"
+        if isinstance(error, ProfileNotFound):
+            return "set AWS_PROFILE to a profile of the AWS files,"
         if isinstance(error, PermissionError):
             return "check the credentials, and that they may read, write and list there,"
-        if isinstance(error, FileNotFoundError):
+        if _code(error.__cause__) == "NoSuchBucket":
             return "make the bucket, or choose another run.store,"
-        if isinstance(error, (BotoCoreError, TimeoutError, HttpError)):
-            return "check the network and AWS_ENDPOINT_URL,"
-        return None
+        if isinstance(error, ParamValidationError):
+            return "check the bucket's name in run.store,"
+        return "check the network, the store and AWS_ENDPOINT_URL,"
 
     def read(self, path: str) -> bytes | None:
         """See `Objects.read`. One request; with more than one at a time s3fs would ask for the size first."""
@@ -88,10 +104,16 @@ class S3Objects:
 
     def publish(self, path: str, source: bytes | Path) -> None:
         """See `Objects.publish`. Large files go in parts, which become visible together."""
-        if isinstance(source, bytes):
-            self.fs.pipe_file(path, source)
-        else:
-            self.fs.put_file(str(source), path)
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        try:
+            if isinstance(source, bytes):
+                self.fs.pipe_file(path, source)
+            else:
+                self.fs.put_file(str(source), path)
+        except FileNotFoundError as error:
+            # The parts were put together, and the reply was lost: a retry finds no upload any more.
+            if _code(error.__cause__) != "NoSuchUpload" or self.fs.info(path)["size"] != size:
+                raise
 
     def create(self, path: str, data: bytes) -> bool:
         """See `Objects.create`.
@@ -127,7 +149,9 @@ class S3Objects:
                     raise
                 self._conditional = False
             finally:
-                self.fs.rm_file(probe)
+                # Training needs no permission to delete; `npo gc`, which does, knows it as a temporary file.
+                with suppress(*self.errors):
+                    self.fs.rm_file(probe)
         if not self._conditional and not self.single_writer:
             raise ConfigurationError(
                 f"run.store s3://{path.partition('/')[0]}: this store ignores conditional writes (If-None-Match, "
@@ -142,7 +166,7 @@ class S3Objects:
         try:
             self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
         except OSError as error:
-            if condition and _code(error.__cause__) == "PreconditionFailed":
+            if condition and _code(error.__cause__) in ("PreconditionFailed", _LOST_RACE):
                 return False
             raise
         return True

@@ -188,6 +188,14 @@ class FsspecStore:
             except FileNotFoundError as error:
                 raise StoreError(f"{name} is missing; restore it from a copy") from error
             with file:
+                read = file.read
+
+                def explained(size: int = -1) -> bytes:
+                    # At once: who reads Parquet would take a network's error for a damaged file.
+                    with self._explained(name):
+                        return read(size)
+
+                file.read = explained
                 if file.size != entry.bytes:
                     raise StoreError(
                         f"{name} has {file.size} bytes, its manifest says {entry.bytes}; restore it from a copy"
@@ -248,7 +256,7 @@ class FsspecStore:
 
 
 def _said(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error).rstrip(".") or type(error).__name__
+    return " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".") or type(error).__name__
 
 
 def _modified(info: dict[str, Any]) -> datetime:

@@ -191,10 +191,10 @@ class _Verification:
         if manifest is None:
             return
         key, spec = layout.manifest(folder), manifest.spec
-        with self.findings.about(key, redo(folder)):
-            spec = self.run.guide_spec(manifest)
-        wanted = lineage.guide_id(spec)
-        self.expect(manifest.guide_id == name == wanted, key, f"was altered: it is of a guide {wanted}")
+        asked = self._asked(manifest, folder)
+        if asked is not None:
+            wanted = lineage.guide_id(spec.model_copy(update={"prompt_ids": asked}))
+            self.expect(manifest.guide_id == name == wanted, key, f"was altered: it is of a guide {wanted}")
         self._expect_checkpoint(key, "its policy", spec.checkpoint)
         self.expect(spec.verifier == self.record.verifier, key, f"was made under the verifier {spec.verifier}")
         self.expect(spec.tokenizer_digest == self.record.tokenizer_digest, key, "was made under another tokenizer")
@@ -209,15 +209,24 @@ class _Verification:
         self.expect(most <= spec.answers, key, f"has {most} answers to a prompt, not {spec.answers}", redo(folder))
         problem = f"answers {len(answers)} prompts, not {manifest.solved}"
         self.expect(len(answers) == manifest.solved, key, problem, redo(folder))
-        window = frozenset(spec.prompt_ids)
+        window = None if asked is None else frozenset(asked)
         with self.findings.about(key):  # a damaged tokenizer cannot decode
             for row in rows:
                 self._check_answer(key, folder, window, row)
 
-    def _check_answer(self, key: str, folder: str, window: Collection[str], row: dict[str, Any]) -> None:
+    def _asked(self, manifest: GuideManifest, folder: str) -> tuple[str, ...] | None:
+        """The prompts of a guide's window; None if the file that holds them is damaged."""
+        if not any(entry.role == "window" for entry in manifest.files):
+            return manifest.spec.prompt_ids  # of version 0.2 or earlier
+        table = self.findings.table(manifest, folder, "window")
+        return None if table is None else tuple(table["prompt_id"].to_pylist())
+
+    def _check_answer(self, key: str, folder: str, window: Collection[str] | None, row: dict[str, Any]) -> None:
         prompt_id = row["prompt_id"]
         prompt = self._prompt(prompt_id)
-        self.expect(prompt_id in window, key, f"prompt {prompt_id} is none of its window", redo(folder))
+        self.expect(
+            window is None or prompt_id in window, key, f"prompt {prompt_id} is none of its window", redo(folder)
+        )
         if prompt is not None:
             verdict = self.verifier.verify(prompt, self.decode(row["completion_ids"]))
             problem = f"the answer to prompt {prompt_id} is not verified-correct ({verdict.reason})"
@@ -235,9 +244,9 @@ class _Verification:
         self.expect(own, key, "was altered: it is of another leg or of other steps", redo(folder))
         self._expect_checkpoint(key, "its checkpoint", manifest.checkpoint)
         after = self.checkpoints.get((leg.leg_id, manifest.stop))
-        same = (
-            after is None or after.segment is None or files_digest(after.segment.files) == files_digest(manifest.files)
-        )
+        led = after.segment if after is not None else None
+        ours = led is not None and (led.start, led.stop) == (manifest.start, manifest.stop)
+        same = led is None or not ours or files_digest(led.files) == files_digest(manifest.files)
         self.expect(same, key, "its rows are not those that led to its checkpoint", redo(folder))
         rollouts, metrics, _ = (
             self.findings.table(manifest, folder, role) for role in ("rollouts", "metrics", "telemetry")

@@ -19,7 +19,8 @@ def without_credentials(url: str) -> str:
     Raises:
         ValueError: it holds a user or a password.
     """
-    if re.match(r"\w+://[^/]*@", url):
+    # A secret may itself hold a slash: a colon in front of the first one says enough. An access point's ARN holds some.
+    if re.search(r"://(?!arn:)[^/@]*[:@]", url):
         raise ValueError(
             "the URL holds credentials; give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the AWS files"
         )

@@ -76,9 +76,9 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
         epoch = opened.run.require_tip(leg.leg_id).epoch
     fingerprint = environment(opened.config)
     left = opened.run.checkpoint(leg.leg_id, stop)
-    if left is not None and left.segment is not None and left.segment.start == start:
-        # A process died between the checkpoint and its segment: these are the rows that led to it.
-        return opened.run.commit_segment(leg, left.segment, left, epoch, fingerprint)
+    if left is not None and (found := opened.run.rows_behind(left, start)) is not None:
+        # A process died between the checkpoint and its segment.
+        return opened.run.commit_segment(leg, found, left, epoch, fingerprint)
     engine = opened.holding(parent, optimizer=True, kind=leg.kind)
     before = opened.run.require_checkpoint(parent.leg_id, parent.step)
     warn_of_changes(before.environment, fingerprint)
@@ -96,8 +96,8 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
         engine.learner.save(Path(directory))
         (Path(directory) / MONITOR_FILE).write_text(tables.monitor.model_dump_json())
         checkpoint, same = opened.run.commit_checkpoint(leg.leg_id, stop, Path(directory), fingerprint, rows)
-    if checkpoint.segment is not None and checkpoint.segment.start == start:
-        rows = checkpoint.segment  # another writer's, if its checkpoint came first
+    # Another writer's rows, if its checkpoint came first.
+    rows = opened.run.rows_behind(checkpoint, start) or rows
     segment = opened.run.commit_segment(leg, rows, checkpoint, epoch, fingerprint)
     if same:
         # Otherwise another attempt's checkpoint was there first, and the next segment starts from that one.

@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import ItemsView, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -31,6 +31,15 @@ class Fault(StrEnum):
     RESET_AFTER = "reset-after"  # the server has done it
     TRUNCATED = "truncated"  # half of the reply's body comes; a reply without one comes whole and does not count
     DUPLICATE = "duplicate"  # the server does it twice, the client sees the second reply
+
+
+class Once(dict[Fault, float]):
+    """Rates of which the next request takes its fault, and none after it."""
+
+    def items(self) -> ItemsView[Fault, float]:
+        found = dict(self).items()
+        self.clear()
+        return found
 
 
 class _Reset(Exception):  # noqa: N818 - no error of ours: it is what the client is to see
@@ -91,6 +100,7 @@ class FaultProxy:
         self.hold_s = hold_s
         self.without_conditions = without_conditions
         self.paused = False
+        self.only = b""  # part of a request's first line; other requests pass
         self.requests = 0
         self.injected: Counter[Fault] = Counter()
         self.port = 0
@@ -151,7 +161,7 @@ class FaultProxy:
 
     async def _answer(self, request: _Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.requests += 1
-        fault = self._choose()
+        fault = self._choose() if self.only in request.start else None
         if fault == Fault.TIMEOUT:
             self.injected[fault] += 1
             with suppress(TimeoutError):

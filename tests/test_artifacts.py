@@ -528,3 +528,16 @@ def test_a_misspelt_fault_point_is_refused(run: RunArtifacts, monkeypatch: pytes
 def test_records_are_plain_json(run: RunArtifacts) -> None:
     for path in folder_of(run).rglob("*.json"):
         assert isinstance(json.loads(path.read_text()), dict)
+
+
+def test_rows_behind_a_checkpoint_that_are_no_longer_whole_are_not_adopted(run: RunArtifacts) -> None:
+    leg = leg_of(run, "replay")
+    checkpoint = run.require_checkpoint(leg.leg_id, 4)
+    assert checkpoint.segment is not None
+    assert run.rows_behind(checkpoint, 2) == checkpoint.segment
+    assert run.rows_behind(checkpoint, 0) is None
+    path = folder_of(run) / checkpoint.segment.files[0].key
+    path.write_bytes(path.read_bytes()[:-1])
+    assert run.rows_behind(checkpoint, 2) is None
+    path.unlink()
+    assert run.rows_behind(checkpoint, 2) is None

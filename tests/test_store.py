@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from npo_core.artifacts import open_run
 from npo_core.interfaces import ConfigurationError
 from npo_core.interfaces import Store as StoreProtocol
 from npo_core.store import StoreError, open_store
+from schemas.config import Config
 from schemas.records import SCHEMA_VERSION, FileEntry, Head, Manifest
 
 RACERS = 20
@@ -96,6 +99,39 @@ def test_swaps_that_race_are_never_lost(tmp_path: Path) -> None:
     refused = in_processes(8, swap_ten_times)
     assert open_store(str(tmp_path)).read("head.json", Head).epoch == 80
     assert sum(refused) > 0, "the swaps did not race"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://alice:swordfish@bucket/prefix",
+        "s3://alice:sword/fish@bucket/prefix",
+        "s3://alice@bucket",
+        "simplecache::s3://alice:swordfish@bucket/prefix",
+        "https://alice:swordfish@example.org/runs",
+    ],
+)
+def test_a_url_with_credentials_is_refused_and_not_repeated(url: str) -> None:
+    def run_section() -> object:
+        return Config.model_validate({"run": {"name": "r", "store": url}})
+
+    for use in (lambda: open_store(url), lambda: open_run(f"{url}/run"), lambda: open_run(url)):
+        with pytest.raises(ConfigurationError, match="holds credentials") as raised:
+            use()
+        assert "alice" not in str(raised.value)
+        assert "sword" not in str(raised.value)
+    with pytest.raises(ValidationError, match="the URL holds credentials"):
+        run_section()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket", "s3://arn:aws:s3:eu-west-1:1:accesspoint/a/runs", "file:///a:b@c/runs"])
+def test_a_url_without_credentials_is_taken(url: str) -> None:
+    assert Config.model_validate({"run": {"name": "r", "store": url}}).run.store == url
+
+
+def test_a_bucket_is_no_run() -> None:
+    with pytest.raises(ConfigurationError, match="names no run; give STORE/RUN"):
+        open_run("s3://bucket")
 
 
 def test_a_swap_of_what_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import ItemsView, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from npo_core.run_files import origin
 from npo_core.store import FsspecStore, open_store
 from schemas.records import Head, Manifest
 from tests.command import ROOT, autonpo_arguments, fingerprint, last_json, npo, run_arguments
-from tests.fault_proxy import Fault, FaultProxy
+from tests.fault_proxy import Fault, FaultProxy, Once
 from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
@@ -71,15 +71,6 @@ def test_of_many_writers_one_creates_and_one_moves_the_head(store: str) -> None:
     assert sorted(epoch for made in moves for epoch in made) == list(range(last.epoch + 1))
 
 
-class _Once(dict[Fault, float]):
-    """A fault for the next request, and for none after it."""
-
-    def items(self) -> ItemsView[Fault, float]:
-        found = dict(self).items()
-        self.clear()
-        return found
-
-
 @pytest.fixture
 def behind_proxy(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A store behind a proxy, which knows by then that the server has conditional writes."""
@@ -95,7 +86,7 @@ def test_a_commit_whose_reply_was_lost_is_known_by_its_nonce(
     behind_proxy: tuple[FsspecStore, FaultProxy], fault: Fault
 ) -> None:
     store, proxy = behind_proxy
-    proxy.rates = _Once({fault: 1.0})
+    proxy.rates = Once({fault: 1.0})
     manifest = Manifest(kind="made", files=(), **origin({}))
     assert store.commit("artifact", manifest).nonce == manifest.nonce
     assert proxy.injected[fault] == 1
@@ -113,7 +104,7 @@ def test_a_move_of_the_head_whose_reply_was_lost_has_happened_once(
     put = store.objects._put  # type: ignore[attr-defined]
 
     def put_and_lose_the_reply(*arguments: Any, **condition: str) -> bool:
-        proxy.rates = _Once({fault: 1.0})
+        proxy.rates = Once({fault: 1.0})
         return put(*arguments, **condition)
 
     monkeypatch.setattr(store.objects, "_put", put_and_lose_the_reply)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from npo_core import parquet
@@ -254,9 +255,11 @@ def test_a_truncated_guide_answer_and_one_from_outside_the_window(damaged: Damag
     table = damaged.run.table(guide, "trajectories")
     table = edit(table, "finish_reason", lambda v: ["length", *v[1:]])
     answered = table["prompt_id"][0].as_py()
-    window = tuple(prompt_id for prompt_id in damaged.run.guide_spec(guide).prompt_ids if prompt_id != answered)
-    spec = guide.spec.model_copy(update={"prompt_ids": window})
-    damaged.forge(layout.guide(guide.guide_id), guide, "trajectories", table, spec=spec)
+    damaged.forge(layout.guide(guide.guide_id), guide, "trajectories", table)
+    (guide,) = damaged.run.guides()
+    window = damaged.run.table(guide, "window")
+    window = window.filter(pc.not_equal(window["prompt_id"], answered))
+    damaged.forge(layout.guide(guide.guide_id), guide, "window", window)
     problems = " ".join(fault.problem for fault in damaged.faults())
     assert "is truncated" in problems
     assert "is none of its window" in problems
@@ -453,3 +456,20 @@ def test_a_footer_that_the_manifest_does_not_name(damaged: Damaged) -> None:
     files = tuple(f.model_copy(update={"footer_sha256": "0" * 64}) if f == entry else f for f in segment.files)
     damaged.write(layout.manifest(damaged.folder_of(segment)), segment.model_copy(update={"files": files}))
     only(damaged.faults(), entry.key, "its footer is not the one")
+
+
+def test_rows_under_other_bounds_than_those_behind_the_checkpoint_are_no_fault(damaged: Damaged) -> None:
+    segment = damaged.segment()
+    after = damaged.run.require_checkpoint(segment.leg_id, segment.stop)
+    assert after.segment is not None
+    rows = after.segment.model_copy(update={"start": segment.start - 1, "files": ()})
+    damaged.write(
+        layout.manifest(layout.checkpoint(after.leg_id, after.step)), after.model_copy(update={"segment": rows})
+    )
+    assert damaged.faults() == []
+
+
+def test_a_window_that_is_missing_is_one_fault(damaged: Damaged) -> None:
+    (guide,) = damaged.run.guides()
+    damaged.data(guide, "window").unlink()
+    only(damaged.faults(), guide.file("window").key, "is missing")

@@ -256,12 +256,14 @@ CASES: dict[str, Case] = {
         (r"learning_rate was \S+, is 0.003", "group_size was 8, is 4", "another run.name"),
     ),
     "inspect a truncated segment": Case(
-        truncated("legs/*/segments/000000-*/rollouts-*.parquet", "inspect"),
+        truncated("legs/*/segments/*/rollouts-*.parquet", "inspect", "--limit", "1000"),
         1,
         (r"rollouts-\w+\.parquet has \d+ bytes", "restore"),
     ),
     "inspect an edited segment": Case(
-        edited("legs/*/segments/000000-*/rollouts-*.parquet", "inspect"), 1, (r"rollouts-\w+\.parquet", "restore")
+        edited("legs/*/segments/*/rollouts-*.parquet", "inspect", "--limit", "1000"),
+        1,
+        (r"rollouts-\w+\.parquet", "restore"),
     ),
     "metrics of a truncated segment": Case(
         truncated("legs/*/segments/*/metrics-*.parquet", "metrics"),

@@ -17,10 +17,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.bench.output import MIB, markdown, write_json
 
@@ -117,6 +121,26 @@ def stored_bytes(run: Any, segments: Sequence[Any]) -> dict[str, float]:
     }
 
 
+@contextmanager
+def _growth_of_memory() -> Iterator[list[int]]:
+    """By how many bytes this process is larger, at its largest, than when the block began: the one entry afterwards."""
+    process, ended = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+    seen: list[int] = [before]
+    result: list[int] = []
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            seen.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield result
+    ended.set()
+    watcher.join()
+    result.append(max(seen) - before)
+
+
 def lookup(uri: str) -> dict[str, Any]:
     """Seconds that a replay takes to have the guide trajectories of its first segment, the prompts' table apart."""
     from npo_core.artifacts import open_run
@@ -125,20 +149,19 @@ def lookup(uri: str) -> dict[str, Any]:
     opened = Workspace.of(open_run(uri))
     guide = max(opened.run.guides(), key=lambda guide: guide.solved)
     began = time.perf_counter()
-    prompts = {
-        prompt.prompt_id
-        for step in range(guide.spec.start, min(guide.spec.start + LOOKUP_STEPS, guide.spec.stop))
-        for prompt in opened.prompts.batch(step)
-    }
+    steps = range(guide.spec.start, min(guide.spec.start + LOOKUP_STEPS, guide.spec.stop))
+    prompts = {prompt_id for step in steps for prompt_id in opened.prompts.batch_ids(step)}
     assert opened.verifier
     opened.encode(opened.prompts.get(min(prompts)))  # loads the tokenizer
     loaded = time.perf_counter()
-    found = opened.guide(guide.guide_id, prompts)
+    with _growth_of_memory() as grown:
+        found = opened.guide(guide.guide_id, prompts)
     assert found is not None
     return {
         "prompts": len(prompts),
         "found": len(found),
         "seconds": time.perf_counter() - loaded,
+        "grown_bytes": grown[0],
         "load_seconds": loaded - began,
     }
 
@@ -158,6 +181,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     others = (
         ("prompts looked up", ("lookup", "prompts"), str),
         ("look-up itself: seconds", ("lookup", "seconds"), _number),
+        ("look-up itself: MiB on top", ("lookup", "grown_bytes"), _mib),
         ("prompts, verifier and tokenizer before it: seconds", ("lookup", "load_seconds"), _number),
         ("rollouts on disk: MiB", ("bytes", "total"), _mib),
         ("bytes a token: Parquet", ("bytes", "parquet_per_token"), _number),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -15,6 +17,8 @@ from npo_core.interfaces import ConfigurationError, NearFutureError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+UNPRINTED = 120
+"""Exit code if the output could not be written, as Python has it."""
 
 app = typer.Typer(
     name="npo",
@@ -79,23 +83,45 @@ def main() -> None:
     """Entry point. Exit codes: 0 done, 1 the work failed, 2 bad usage or configuration. A user's error is one line."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("npo").setLevel(logging.INFO)
+    code = [1]  # of an error that nobody foresaw
+    atexit.register(_leave, code)
+    code[0] = _run()
+    sys.exit(code[0])
+
+
+def _run() -> int:
+    """Runs the command to its exit code."""
     try:
         app()  # ends in SystemExit; bad usage is told by typer, with exit code 2
     except SystemExit as end:
-        sys.exit(fail("interrupted; the same command resumes it", INTERRUPTED) if end.code == INTERRUPTED else end.code)
+        if end.code == INTERRUPTED:
+            return fail("interrupted; the same command resumes it", INTERRUPTED)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
-        sys.exit(fail("interrupted; the same command resumes it", INTERRUPTED))
+        return fail("interrupted; the same command resumes it", INTERRUPTED)
     except ConfigurationError as error:
-        sys.exit(fail(error, 2))
+        return fail(error, 2)
     except (NearFutureError, FloatingPointError) as error:
-        sys.exit(fail(error, 1))
+        return fail(error, 1)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         remedy = "lower rollout.max_rows, learner.micro_batch_tokens or learner.chunk_tokens and run again"
-        sys.exit(fail(f"the GPU's memory is full: {remedy}; nothing that was committed is lost", 1))
+        return fail(f"the GPU's memory is full: {remedy}; nothing that was committed is lost", 1)
     except OSError as error:
-        sys.exit(fail(f"{error}; mend this and run again, nothing that was committed is lost", 1))
+        return fail(f"{error}; mend this and run again, nothing that was committed is lost", 1)
+    return 0
+
+
+def _leave(code: list[int]) -> None:
+    """Ends the process after all other exit handlers, for it was registered before them, and before the destructors of
+    native libraries: now and then one of theirs aborts, and a command that has done its work would end with SIGABRT."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code[0] = UNPRINTED
+    os._exit(code[0])
 
 
 def fail(error: object, code: int) -> int:

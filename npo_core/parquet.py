@@ -106,7 +106,8 @@ def decode(
     """
     with _readable(key):
         _require_schema(pq.read_schema(pa.BufferReader(data)), schema, key)
-        return pq.read_table(pa.BufferReader(data), columns=columns, filters=filters)
+        # It is in memory already: there is nothing to read ahead in other threads.
+        return pq.read_table(pa.BufferReader(data), columns=columns, filters=filters, pre_buffer=False)
     raise AssertionError  # `_readable` lets no error pass by
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from flows import cli_files, cli_gc, cli_stages, cli_views
+from flows import cli_stages, cli_store, cli_views
 from flows.cli_output import Json, emit
 from flows.local_server import prefect_api
 from npo_core.interfaces import ConfigurationError, NearFutureError
@@ -75,8 +75,7 @@ def run(
 
 app.add_typer(cli_stages.app, name="stage")
 cli_views.register(app)
-app.command()(cli_files.files)
-cli_gc.register(app)
+cli_store.register(app)
 
 
 def main() -> None:

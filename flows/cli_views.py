@@ -62,7 +62,7 @@ def show(run: Run, json: Json = False) -> None:
     """
     from npo_core import views
 
-    shown = views.show(_open(run))
+    shown = views.show(open_existing(run))
     head, tokens = shown["head"], shown["tokens"]
     where = f"head: leg {head['leg_id']} at step {head['step']}" if head else "no head yet"
     guides = [
@@ -102,7 +102,7 @@ def inspect(
 
     if source not in (None, "policy", "guide"):
         raise ConfigurationError(f"--source {source!r} is neither policy nor guide")
-    opened = _open(run)
+    opened = open_existing(run)
     where = Where(step, None if prompt is None else (prompt,), source, min_reward)
     if parquet is not None:
         count = trajectories.export(opened, parquet, where, limit)
@@ -121,7 +121,7 @@ def metrics(run: Run, json: Json = False) -> None:
     """
     from npo_core import views
 
-    rows = views.metrics(_open(run)).fill_nan(None)
+    rows = views.metrics(open_existing(run)).fill_nan(None)
     shown = table(METRICS_SHOWN, rows.select(METRICS_SHOWN).iter_rows(), "Main line")
     emit(json, {"rows": rows.to_dicts()}, shown if rows.height else "no committed step yet")
 
@@ -138,7 +138,7 @@ def compare(
     """
     from npo_core.compare import AXES, compare
 
-    result = compare([_open(run) for run in runs])
+    result = compare([open_existing(run) for run in runs])
     emit(json, result, Group(*_comparison(result, AXES)))
 
 
@@ -164,7 +164,7 @@ def explain(
     from npo_core.config_file import overridden
     from npo_core.explain import explain, periods
 
-    opened = _workspace(_open(run))
+    opened = _workspace(open_existing(run))
     then = opened.config
     now = overridden(then, overrides or [], "autonpo")
     rows = explain(opened.run, then.autonpo, now.autonpo)
@@ -185,7 +185,7 @@ def verify(run: Run, json: Json = False) -> None:
     from npo_core.prompts import load_verifier
     from npo_core.verify import verify_run
 
-    opened = _workspace(_open(run))
+    opened = _workspace(open_existing(run))
     faults = [asdict(f) for f in verify_run(opened.run, load_verifier(opened.config), opened.decode)]
     shown = table(("key", "problem", "remedy"), (fault.values() for fault in faults), f"{len(faults)} faults")
     emit(json, {"faults": faults}, shown if faults else Text(f"{opened.run.uri}: no faults"))
@@ -208,7 +208,7 @@ def report(
     """
     from npo_core.report import write_report
 
-    opened = _workspace(_open(run))
+    opened = _workspace(open_existing(run))
     html = write_report(opened.run, opened.token_text).encode()
     if out is None:
         where = opened.run.put_report("report.html", html)
@@ -238,13 +238,19 @@ def export(
     from npo_core.artifacts import main_line_checkpoint
     from npo_core.export import export_checkpoint
 
-    opened = _open(run)
+    opened = open_existing(run)
     ref = main_line_checkpoint(opened, step)
     path, digest = export_checkpoint(opened, ref, to)
     emit(json, {"path": str(path), "digest": digest, "step": ref.step}, f"step {ref.step} exported to {path}")
 
 
-def _open(uri: str) -> RunArtifacts:
+def open_existing(uri: str) -> RunArtifacts:
+    """The run at `STORE/RUN`, which must be there.
+
+    Raises:
+        ConfigurationError: the URI names no run.
+        NearFutureError: there is none; names those that there are.
+    """
     from npo_core.artifacts import open_run
 
     run = open_run(uri)

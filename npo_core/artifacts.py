@@ -14,10 +14,9 @@ from npo_core.faults import fault_point
 from npo_core.interfaces import ConfigurationError, NearFutureError, Store
 from npo_core.legs import Legs
 from npo_core.run_files import Environment, origin
-from npo_core.store import StoreError, open_store
+from npo_core.store import StoreError, open_store, safe_url
 from npo_core.tombstones import removals
 from schemas import layout
-from schemas.config import without_credentials
 from schemas.decisions import DecisionRecord
 from schemas.digest import canonical_json
 from schemas.records import (
@@ -51,10 +50,7 @@ def open_run(uri: str) -> RunArtifacts:
     Raises:
         ConfigurationError: the URI names no run, or its protocol is not supported.
     """
-    try:
-        root, _, run_id = without_credentials(uri).rstrip("/").rpartition("/")
-    except ValueError as error:
-        raise ConfigurationError(f"run: {error}") from error
+    root, _, run_id = safe_url(uri).rstrip("/").rpartition("/")
     if not root or not run_id or root.endswith(":/"):
         raise ConfigurationError(f"{uri!r} names no run; give STORE/RUN, say ./runs/{run_id or 'my-run'}")
     return RunArtifacts(open_store(root), run_id)
@@ -76,7 +72,7 @@ def line_checkpoints(
     stretches = {stretch.leg.leg_id: stretch for stretch in line}
     for checkpoint in checkpoints:
         stretch = stretches.get(checkpoint.leg_id)
-        if stretch is None or (stretch.stop is not None and checkpoint.step > stretch.stop):
+        if stretch is None or not stretch.saves(checkpoint.step):
             continue
         # A checkpoint of a kill between it and its segment is not the main line's yet; the warm leg has no segments.
         committed = {segment.stop for segment in segments.get(checkpoint.leg_id, ())}
@@ -203,8 +199,8 @@ class RunArtifacts(Checkpoints, Legs):
 
     def guide_spec(self, guide: GuideManifest) -> GuideSpec:
         """What a guide was made of, the prompts of its window included."""
-        if guide.spec.prompt_ids or not any(entry.role == "window" for entry in guide.files):
-            return guide.spec  # of version 0.2 or earlier
+        if guide.window is None:
+            return guide.spec
         window = self.table(guide, "window")["prompt_id"].to_pylist()
         return guide.spec.model_copy(update={"prompt_ids": tuple(window)})
 

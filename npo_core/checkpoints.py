@@ -18,7 +18,7 @@ from npo_core.interfaces import LocalCheckpoint, NearFutureError
 from npo_core.monitor import MONITOR_FILE
 from npo_core.run_files import Environment, RunFiles, origin
 from npo_core.store import StoreError
-from npo_core.tombstones import big_files, removals, removed_keys
+from npo_core.tombstones import big_files, removals
 from schemas import layout
 from schemas.decisions import MonitorState
 from schemas.digest import digest_json
@@ -171,10 +171,6 @@ class Checkpoints(RunFiles):
                 if found is not None:
                     self._tombstones[name] = found
         return [self._tombstones[name] for name in sorted(self._tombstones)]
-
-    def removed(self) -> frozenset[str]:
-        """Keys of the files that `npo gc` removed, or was about to."""
-        return removed_keys(self.tombstones())
 
     def bury(self, checkpoints: Sequence[CheckpointManifest], reason: str) -> Tombstone:
         """Commits that the big files of these checkpoints go; removing them is the caller's part."""

@@ -11,7 +11,8 @@ from npo_core.interfaces import ConfigurationError
 from schemas.records import Manifest
 
 SEGMENT_ROLES = ("rollouts", "metrics", "telemetry")
-ROLES = (*SEGMENT_ROLES, "trajectories", "samples", "signal")
+GUIDE_ROLES = ("trajectories", "window")
+ROLES = (*SEGMENT_ROLES, *GUIDE_ROLES, "samples", "signal")
 """Of segments; of guides, evaluations, and studies of Q, V and S. `schemas/README.md` describes each one's columns."""
 
 
@@ -64,15 +65,14 @@ def _artifacts(
             for segment in run.segments(leg.leg_id) if leg.leg_id in line or not main_line else ():
                 if not main_line or line[leg.leg_id].holds(segment.start):
                     yield segment, leg.leg_id, segment.start, segment.stop
-    elif role == "trajectories":
+    elif role in GUIDE_ROLES:
         mixed = {stretch.leg.guide_id for stretch in line.values()}
         for guide in run.guides():
-            if not main_line or guide.guide_id in mixed:
+            had = role != "window" or guide.window is not None
+            if had and (not main_line or guide.guide_id in mixed):
                 yield guide, guide.spec.checkpoint.leg_id, guide.spec.start, guide.spec.stop
     else:
         for score in sorted(run.evaluations(), key=lambda e: (e.checkpoint.step, e.created_at)):
             at = score.checkpoint
-            stretch = line.get(at.leg_id)
-            # The checkpoint at a stretch's stop is still the main line's: the next leg starts from it.
-            if not main_line or (stretch is not None and (stretch.stop is None or at.step <= stretch.stop)):
+            if not main_line or (at.leg_id in line and line[at.leg_id].saves(at.step)):
                 yield score, at.leg_id, at.step, at.step

@@ -150,19 +150,16 @@ class Legs(RunFiles):
         if (epoch is None) == (leg.kind in MAIN_LINE_KINDS):
             raise ValueError(f"a {leg.kind} leg cannot commit under epoch {epoch}")
         folder = layout.segment(leg.leg_id, rows.start, rows.stop)
-        present = self.store.read(layout.manifest(folder), SegmentManifest)
-        if present is not None:
-            return present
-        if epoch is not None:
-            self._require_head(leg.leg_id, epoch)
         for other in self.all_segments(leg.leg_id):
             if (other.start, other.stop) == (rows.start, rows.stop):
-                return other  # committed since
+                return other
             if other.start < rows.stop and rows.start < other.stop:
                 raise NearFutureError(
                     f"steps {other.start}-{other.stop} of leg {leg.leg_id} are committed already, {rows.start}-"
                     f"{rows.stop} overlap them; let one process train a run at a time, then run again"
                 )
+        if epoch is not None:
+            self._require_head(leg.leg_id, epoch)
         manifest = SegmentManifest(
             files=rows.files,
             leg_id=leg.leg_id,

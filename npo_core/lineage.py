@@ -64,6 +64,11 @@ class Stretch:
         """Whether the leg's `step` lies on the main line."""
         return self.start <= step and (self.stop is None or step < self.stop)
 
+    def saves(self, step: int) -> bool:
+        """Whether the leg's checkpoint at `step` lies on the main line: that at the stretch's stop too, for the next
+        leg starts from it."""
+        return self.start <= step and (self.stop is None or step <= self.stop)
+
 
 def main_line(legs: Iterable[LegRecord], head: Head | None) -> list[Stretch]:
     """The legs from the root to the head's leg. A child that starts at s cuts its parent's steps ≥ s.

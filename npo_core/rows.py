@@ -132,12 +132,19 @@ def read_rows(
 
 
 def frame(
-    run: RunFiles, manifests: Sequence[Manifest], role: str, columns: Sequence[str], where: Where = EVERY_ROW
+    run: RunFiles,
+    manifests: Sequence[Manifest],
+    role: str,
+    columns: Sequence[str],
+    where: Where = EVERY_ROW,
+    order: Sequence[str] = (),
+    limit: int | None = None,
 ) -> pl.DataFrame:
     """`read_rows` as one frame."""
     schema = parquet.SCHEMAS[role]
     empty = pa.schema([schema.field(name) for name in columns]).empty_table()
-    return pl.concat([pl.DataFrame(table) for table in (empty, *read_rows(run, manifests, role, columns, where))])
+    found = read_rows(run, manifests, role, columns, where, order, limit)
+    return pl.concat([pl.DataFrame(table) for table in (empty, *found)])
 
 
 def _of_all(

@@ -36,16 +36,25 @@ class StoreError(NearFutureError):
     """The store cannot be written or read, or holds something else than it should. Names the key and the remedy."""
 
 
+def safe_url(url: str) -> str:
+    """The URL of a store or of a run in it, which messages may repeat.
+
+    Raises:
+        ConfigurationError: it holds credentials.
+    """
+    try:
+        return without_credentials(url)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
 def open_store(url: str) -> FsspecStore:
     """The store at a URL (`file://PATH` or a path, `s3://BUCKET/PREFIX`); nothing is created before the first write.
 
     Raises:
         ConfigurationError: the protocol has no conditional writes here, or the URL holds credentials.
     """
-    try:
-        protocol = split_protocol(without_credentials(url))[0] or "file"
-    except ValueError as error:
-        raise ConfigurationError(f"run.store: {error}") from error
+    protocol = split_protocol(safe_url(url))[0] or "file"
     if protocol == "s3":
         from npo_core import s3  # a third of a second, which a local run need not wait for
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from npo_core import views
@@ -49,9 +49,7 @@ def trajectories(run: RunArtifacts, columns: Sequence[str], where: Where = EVERY
 def inspect(run: RunArtifacts, where: Where = EVERY_ROW, limit: int = 20) -> pl.DataFrame:
     """The first `limit` trajectories that meet the conditions, by leg, step, prompt, slot and source, with the prompt's
     words (`prompt`) and `READABLE`."""
-    found = read_rows(run, _segments(run, where), "rollouts", READABLE, where, ORDER, limit)
-    empty = pa.schema([tables.TRAJECTORIES.field(name) for name in READABLE]).empty_table()
-    rows = pl.concat([pl.DataFrame(table) for table in (empty, *found)])
+    rows = frame(run, _segments(run, where), "rollouts", READABLE, where, ORDER, limit)
     words = views.prompt_words(run)
     return rows.with_columns(
         prompt=pl.col("prompt_id").replace_strict(words, default="", return_dtype=pl.String) if words else pl.lit("")
@@ -62,20 +60,21 @@ def export(run: RunArtifacts, path: Path, where: Where = EVERY_ROW, limit: int |
     """Writes trajectories with every column to a Parquet file, a few row groups at a time, and returns how many.
 
     Raises:
-        StoreError: a data file of the run is damaged; nothing is left at `path`.
+        StoreError: a data file of the run is damaged; what was at `path` is still there.
         ConfigurationError: the file cannot be written.
     """
     schema, count = tables.TRAJECTORIES, 0
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for table in read_rows(run, _segments(run, where), "rollouts", schema.names, where, limit=limit):
                 writer.write_table(table.cast(schema))
                 count += table.num_rows
+        temporary.replace(path)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written ({error.strerror}); name another file") from error
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
     return count
 
 

@@ -216,8 +216,8 @@ class _Verification:
 
     def _asked(self, manifest: GuideManifest, folder: str) -> tuple[str, ...] | None:
         """The prompts of a guide's window; None if the file that holds them is damaged."""
-        if not any(entry.role == "window" for entry in manifest.files):
-            return manifest.spec.prompt_ids  # of version 0.2 or earlier
+        if manifest.window is None:
+            return manifest.spec.prompt_ids
         table = self.findings.table(manifest, folder, "window")
         return None if table is None else tuple(table["prompt_id"].to_pylist())
 

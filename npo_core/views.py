@@ -126,10 +126,7 @@ def evaluations(run: RunArtifacts, taken: pl.DataFrame) -> pl.DataFrame:
             "leg_id": e.checkpoint.leg_id,
             "kind": kinds.get(e.checkpoint.leg_id),
             "step": e.checkpoint.step,
-            # The checkpoint at a stretch's stop is still the main line's: the next leg starts from it.
-            "main_line": (s := line.get(e.checkpoint.leg_id)) is not None
-            and s.start <= e.checkpoint.step
-            and (s.stop is None or e.checkpoint.step <= s.stop),
+            "main_line": e.checkpoint.leg_id in line and line[e.checkpoint.leg_id].saves(e.checkpoint.step),
             "accuracy": e.accuracy,
             "entropy": e.entropy,
             "samples": e.samples_per_prompt,

@@ -230,10 +230,14 @@ class GuideManifest(Manifest):
     """Completion tokens that the guide sampled, wrong answers included."""
 
     @property
+    def window(self) -> FileEntry | None:
+        """The file of its prompts; guides of version 0.2 and earlier name them in the spec."""
+        return next((entry for entry in self.files if entry.role == "window"), None)
+
+    @property
     def asked(self) -> int:
         """Distinct prompts of its window."""
-        windows = [entry.rows for entry in self.files if entry.role == "window"]
-        return (windows[0] or 0) if windows else len(self.spec.prompt_ids)
+        return len(self.spec.prompt_ids) if self.window is None else self.window.rows or 0
 
 
 class TaskScore(Record):

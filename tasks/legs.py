@@ -96,8 +96,9 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
         engine.learner.save(Path(directory))
         (Path(directory) / MONITOR_FILE).write_text(tables.monitor.model_dump_json())
         checkpoint, same = opened.run.commit_checkpoint(leg.leg_id, stop, Path(directory), fingerprint, rows)
-    # Another writer's rows, if its checkpoint came first.
-    rows = opened.run.rows_behind(checkpoint, start) or rows
+    if checkpoint.segment != rows:
+        # Another writer's checkpoint came first, and its rows with it.
+        rows = opened.run.rows_behind(checkpoint, start) or rows
     segment = opened.run.commit_segment(leg, rows, checkpoint, epoch, fingerprint)
     if same:
         # Otherwise another attempt's checkpoint was there first, and the next segment starts from that one.

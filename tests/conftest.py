@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,3 +39,23 @@ def s3_server() -> Iterator[S3Server]:
     with S3Server() as server:
         server.make_bucket("runs")
         yield server
+
+
+@pytest.fixture(scope="session")
+def sixteen_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a synthetic run of sixteen steps in segments of two, to be copied and swept."""
+    from tests.synthetic import build_run
+
+    store = tmp_path_factory.mktemp("sixteen")
+    build_run(store, steps=16, segment_steps=2)
+    return store
+
+
+@pytest.fixture(scope="session")
+def eight_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a synthetic run of eight steps in segments of two, to be copied."""
+    from tests.synthetic import build_run
+
+    store = tmp_path_factory.mktemp("eight")
+    build_run(store, steps=8, segment_steps=2)
+    return store

@@ -1,61 +1,36 @@
-"""A run's artifacts: commits, adoption, checkpoints without pickles, tables, and kills at every point of a commit."""
+"""A run's artifacts: commits, adoption, the head, and kills at every point of a commit."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
 
 from npo_core import parquet
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, runs
-from npo_core.checkpoints import files_digest
-from npo_core.export import export_checkpoint
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.store import StoreError, open_store
 from npo_core.verify import verify_run
 from schemas import layout
-from schemas.digest import canonical_json, digest_bytes
-from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Head, LegRecord, Manifest, SegmentManifest
-from schemas.tables import METRICS, TRAJECTORIES
+from schemas.records import Head, LegRecord, Manifest, SegmentManifest
+from schemas.tables import TRAJECTORIES
+from tests.copies import copied, folder_of, leg_of
 from tests.synthetic import ENVIRONMENT, SyntheticVerifier, build_run, decode
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of a run of eight steps, to be copied."""
-    store = tmp_path_factory.mktemp("original")
-    build_run(store, steps=8, segment_steps=2)
-    return store
-
-
 @pytest.fixture
-def run(original: Path, tmp_path: Path) -> RunArtifacts:
+def run(eight_steps: Path, tmp_path: Path) -> RunArtifacts:
     """A run of a test's own."""
-    shutil.copytree(original, tmp_path / "runs")
-    return open_run(str(tmp_path / "runs" / "synthetic"))
-
-
-def folder_of(run: RunArtifacts) -> Path:
-    return Path(run.uri.removeprefix("file://"))
-
-
-def leg_of(run: RunArtifacts, kind: str) -> LegRecord:
-    return [leg for leg in run.legs() if leg.kind == kind][-1]
+    return copied(eight_steps, tmp_path)
 
 
 def commit_again(
@@ -208,261 +183,6 @@ def test_a_report_lies_in_the_store(run: RunArtifacts) -> None:
     uri = run.put_report("report.html", b"<html>")
     assert Path(uri.removeprefix("file://")).read_bytes() == b"<html>"
     assert f"{run.uri}/reports/report-" in uri
-
-
-# ---- checkpoints
-
-
-class Payload:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.path),)
-
-
-def make_checkpoint(folder: Path) -> Path:
-    for part, name in (("weights", "model"), ("optimizer", "optimizer")):
-        (folder / part).mkdir(parents=True)
-        save_file({"w": np.arange(4, dtype=np.float32)}, folder / part / f"{name}.safetensors")
-    (folder / "weights" / "config.json").write_text("{}")
-    (folder / "state.json").write_text('{"step": 9}')
-    return folder
-
-
-def test_a_checkpoint_comes_back_as_it_was_with_the_runs_model_files(run: RunArtifacts, tmp_path: Path) -> None:
-    leg_id = leg_of(run, "scout").leg_id
-    committed, same = run.commit_checkpoint(leg_id, 9, make_checkpoint(tmp_path / "in"), ENVIRONMENT)
-    assert same
-    assert sorted(entry.name for entry in committed.files) == [
-        "model.safetensors",
-        "optimizer.safetensors",
-        "state.json",
-    ]
-    local = run.checkout(committed.ref, tmp_path / "out")
-    assert (local.digest, local.step) == (committed.digest, 9)
-    names = {path.relative_to(local.path).as_posix() for path in local.path.rglob("*") if path.is_file()}
-    assert names == {
-        "weights/model.safetensors",
-        "weights/config.json",
-        "weights/tokenizer.json",
-        "optimizer/optimizer.safetensors",
-        "state.json",
-    }
-    assert (local.weights / "config.json").read_text() == '{"model_type": "synthetic"}'
-    np.testing.assert_array_equal(load_file(local.weights / "model.safetensors")["w"], np.arange(4))
-    policy = run.checkout(committed.ref, tmp_path / "policy", weights_only=True)
-    assert {path.name for path in policy.path.iterdir()} == {"weights"}
-
-
-def test_equal_weights_have_equal_digests_wherever_they_are(run: RunArtifacts, tmp_path: Path) -> None:
-    source, leg_id = make_checkpoint(tmp_path / "in"), leg_of(run, "scout").leg_id
-    one, two = (run.commit_checkpoint(leg_id, step, source, ENVIRONMENT)[0] for step in (9, 10))
-    assert (one.digest, one.weights_digest) == (two.digest, two.weights_digest)
-    (source / "state.json").write_text("{}")
-    three, _ = run.commit_checkpoint(leg_id, 11, source, ENVIRONMENT)
-    assert three.weights_digest == one.weights_digest
-    assert three.digest != one.digest
-
-
-def test_a_missing_checkpoint_is_named_with_the_steps_that_there_are(run: RunArtifacts, tmp_path: Path) -> None:
-    leg_id = leg_of(run, "scout").leg_id
-    with pytest.raises(NearFutureError, match=f"leg {leg_id} of .*synthetic has no checkpoint at step 5 .*4, 6"):
-        run.checkout(CheckpointRef(leg_id=leg_id, step=5, digest="0" * 64), tmp_path / "out")
-    with pytest.raises(NearFutureError, match=r"has digest .*, not 000000000000 as it is referred to"):
-        run.checkout(CheckpointRef(leg_id=leg_id, step=4, digest="0" * 64), tmp_path / "out")
-
-
-def test_a_damaged_checkpoint_is_not_loaded(run: RunArtifacts, tmp_path: Path) -> None:
-    manifest = run.checkpoints(leg_of(run, "scout").leg_id)[0]
-    path = folder_of(run) / next(entry.key for entry in manifest.files if entry.role == "weights")
-    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(StoreError, match=r"model-.*safetensors was altered"):
-        run.checkout(manifest.ref, tmp_path / "out")
-    assert not (tmp_path / "out" / "weights" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("name", ["weights/model.safetensors", "weights/pytorch_model.bin", "optimizer/optimizer.pt"])
-def test_a_pickle_is_not_committed_as_a_checkpoint(run: RunArtifacts, tmp_path: Path, name: str) -> None:
-    source = make_checkpoint(tmp_path / "in")
-    (source / name).write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
-    with pytest.raises(NearFutureError, match="is refused"):
-        run.commit_checkpoint(leg_of(run, "scout").leg_id, 9, source, ENVIRONMENT)
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("model.safetensors", "is named as safetensors and is none"),
-        ("pytorch_model.bin", "only .safetensors, .json"),
-        ("../../../model.safetensors", "only .safetensors, .json"),
-    ],
-)
-def test_a_pickle_that_a_forged_manifest_names_is_not_loaded(
-    run: RunArtifacts, tmp_path: Path, name: str, message: str
-) -> None:
-    evil = pickle.dumps(Payload(tmp_path / "executed"))
-    leg_id = leg_of(run, "scout").leg_id
-    folder = layout.checkpoint(leg_id, 9)
-    (folder_of(run) / folder).mkdir()
-    (folder_of(run) / folder / "evil").write_bytes(evil)
-    files = (FileEntry(role="weights", name=name, key=f"{folder}/evil", bytes=len(evil), sha256=digest_bytes(evil)),)
-    forged = CheckpointManifest(
-        files=files,
-        leg_id=leg_id,
-        step=9,
-        digest=files_digest(files),
-        weights_digest=files_digest(files),
-        nonce="",
-        created_at="",
-    )
-    (folder_of(run) / layout.manifest(folder)).write_bytes(canonical_json(forged.model_dump(mode="json")))
-    with pytest.raises(NearFutureError, match=message):
-        run.checkout(forged.ref, tmp_path / "a" / "b" / "out")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_directory_without_weights_is_no_checkpoint(run: RunArtifacts, tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    with pytest.raises(NearFutureError, match=r"holds no weights/\*\.safetensors"):
-        run.commit_checkpoint("leg", 1, tmp_path / "in", ENVIRONMENT)
-    with pytest.raises(NearFutureError, match=r"holds no config\.json"):
-        run.put_model(tmp_path / "in")
-
-
-def test_an_export_is_loaded_by_transformers(tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=32, head_dim=8, num_key_value_heads=2, **sizes))
-    model.save_pretrained(tmp_path / "checkpoint" / "weights")
-    run = open_run(str(tmp_path / "runs" / "real"))
-    run.put_model(tmp_path / "checkpoint" / "weights")
-    ref = run.commit_checkpoint("leg", 1, tmp_path / "checkpoint", ENVIRONMENT)[0].ref
-    (tmp_path / "export").mkdir()
-    path, digest = export_checkpoint(run, ref, tmp_path / "export")
-    loaded = AutoModelForCausalLM.from_pretrained(path)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
-    assert digest == run.require_checkpoint("leg", 1).weights_digest
-    with pytest.raises(ConfigurationError, match=r"export is not empty; choose a new directory"):
-        export_checkpoint(run, ref, tmp_path / "export")
-    assert not list(tmp_path.glob(".export*")), "scratch was left behind"
-
-
-# ---- tables
-
-
-def _rows(count: int, seed: int) -> pa.Table:
-    rng = np.random.default_rng(seed)
-    rows = [
-        {
-            "run_id": "r",
-            "leg_id": "l",
-            "step": int(rng.integers(3)),
-            "prompt_id": f"p{index}",
-            "slot": index,
-            "source": "policy",
-            "task": "sum",
-            "behavior_step": 0,
-            "behavior_digest": "d",
-            "prompt_ids": rng.integers(0, 9, 3).tolist(),
-            "completion_ids": rng.integers(0, 9, int(rng.integers(0, 5))).tolist(),
-            "loss_mask": None if index % 2 else [True],
-            "behavior_logprobs": rng.standard_normal(2).astype(np.float32).tolist(),
-            "reward": float(rng.random()),
-            "correct": bool(index % 3),
-            "verdict": "ü",
-            "verifier": "v",
-            "finish_reason": "stop",
-            "advantage": None if index % 3 else 0.5,
-            "displaced": False,
-            "text": "",
-            "image_refs": ["a"] * (index % 2),
-            "schema_version": 1,
-        }
-        for index in range(count)
-    ]
-    return pa.Table.from_pylist(rows, TRAJECTORIES)
-
-
-@settings(deadline=None)  # the machine may be busy
-@given(st.integers(0, 30), st.integers(0, 1000), st.randoms(use_true_random=False))
-def test_digests_and_bytes_do_not_depend_on_order_chunks_or_encoding(count: int, seed: int, random: object) -> None:
-    table = _rows(count, seed)
-    order = list(range(count))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    half = count // 2
-    shuffled = table.take(pa.array(order, pa.int64()))
-    chunked = pa.concat_tables([shuffled.slice(half), shuffled.slice(0, half)])
-    data = parquet.encode(table, TRAJECTORIES)
-    assert parquet.encode(chunked, TRAJECTORIES) == data
-    sink = pa.BufferOutputStream()
-    pq.write_table(chunked, sink, compression="none", use_dictionary=False, row_group_size=3)
-    reread = parquet.decode(sink.getvalue().to_pybytes(), TRAJECTORIES, "key")
-    digests = {parquet.logical_digest(t, TRAJECTORIES) for t in (table, chunked, reread)}
-    assert len(digests) == 1
-    assert parquet.decode(data, TRAJECTORIES, "key").equals(parquet.canonical(table, TRAJECTORIES))
-
-
-@pytest.mark.parametrize(
-    ("column", "one", "other"),
-    [
-        ("reward", 0.0, -0.0),
-        ("reward", 1.0, float(np.nextafter(1.0, 2.0))),
-        ("advantage", None, 0.0),
-        ("loss_mask", None, []),
-        ("completion_ids", [1, 2], [1, 3]),
-        ("behavior_logprobs", [-1.0, 0.0], [-1.0, -0.0]),
-        ("image_refs", ["ab", "c"], ["a", "bc"]),
-        ("text", "a", "b"),
-    ],
-)
-def test_any_other_value_has_another_digest(column: str, one: object, other: object) -> None:
-    row = _rows(1, 0).to_pylist()[0]
-    tables = [pa.Table.from_pylist([{**row, column: value}], TRAJECTORIES) for value in (one, other)]
-    first, second = (parquet.logical_digest(table, TRAJECTORIES) for table in tables)
-    assert first != second
-
-
-def test_nan_payloads_count() -> None:
-    bits = np.array([0x7FF8000000000000, 0x7FF8000000000001], np.uint64).view(np.float64)
-    row = pa.Table.from_pylist([{"run_id": "r", "leg_id": "l", "step": 0}], METRICS)
-    place = METRICS.names.index("loss")
-    tables = [row.set_column(place, METRICS.field(place), pa.array(bits[i : i + 1])) for i in range(2)]
-    assert len({parquet.logical_digest(table, METRICS) for table in tables}) == 2
-
-
-def test_another_schema_or_version_is_refused_with_the_keys_name() -> None:
-    table = _rows(2, 0)
-    with pytest.raises(ValueError, match="table has the schema"):
-        parquet.encode(table.drop_columns(["text"]), TRAJECTORIES)
-    nulls = pa.Table.from_pylist([{**table.to_pylist()[0], "reward": None}], TRAJECTORIES)
-    with pytest.raises(ValueError, match="column reward holds 1 nulls"):
-        parquet.encode(nulls, TRAJECTORIES)
-    for bad, message in (
-        (table.replace_schema_metadata({b"near_future.schema_version": b"99"}), "the-key has schema version 99"),
-        (table.replace_schema_metadata(None), "the-key has schema version none"),
-        (table.drop_columns(["text"]), r"the-key has another schema \(.*text"),
-    ):
-        sink = pa.BufferOutputStream()
-        pq.write_table(bad, sink)
-        with pytest.raises(StoreError, match=message):
-            parquet.decode(sink.getvalue().to_pybytes(), TRAJECTORIES, "the-key")
-    with pytest.raises(StoreError, match="the-key is no readable Parquet file"):
-        parquet.decode(b"PAR1 no", TRAJECTORIES, "the-key")
-
-
-def test_row_groups_are_bounded() -> None:
-    table = pa.concat_tables([_rows(500, 0)] * 10)
-    info = pq.ParquetFile(pa.BufferReader(parquet.encode(table, TRAJECTORIES))).metadata
-    assert [info.row_group(i).num_rows for i in range(info.num_row_groups)] == [4096, 904]
-    assert info.row_group(0).column(0).compression == "ZSTD"
 
 
 # ---- kills

@@ -1,108 +1,38 @@
-"""`npo gc` removes what nothing needs, all of it, and nothing else."""
+"""`npo gc` removes the checkpoints that nothing needs, all of them, and nothing else."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from npo_core import views
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, main_line_checkpoints, open_run
 from npo_core.export import export_checkpoint
-from npo_core.gc import Plan, carry_out, plan_gc
+from npo_core.gc import plan_gc
 from npo_core.interfaces import NearFutureError
 from npo_core.report import write_report
 from npo_core.store import StoreError
-from npo_core.tombstones import BIG
-from npo_core.verify import verify_run
+from npo_core.tombstones import BIG, removed_keys
 from schemas import layout
-from schemas.config import Config
 from schemas.digest import canonical_json
-from schemas.records import CheckpointRef, Lease, Tombstone
-from tests.command import ROOT, autonpo_arguments, fingerprint, last_json, npo, run_arguments
-from tests.s3_server import S3Server
-from tests.synthetic import SyntheticVerifier, build_run, decode
-
-OLD = timedelta(hours=30)
-HASH = "0123456789abcdef"
-STRANGER = "a" * 32
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of a run of sixteen steps in segments of two, to be copied and swept."""
-    store = tmp_path_factory.mktemp("original")
-    build_run(store, steps=16, segment_steps=2)
-    return store
+from schemas.records import CheckpointRef, Tombstone
+from tests.command import last_json, npo
+from tests.copies import copied, folder_of
+from tests.sweeping import STRANGER, config_of, faults, files, leave, sweep, tip_leg
+from tests.synthetic import build_run
 
 
 @pytest.fixture
-def run(original: Path, tmp_path: Path) -> RunArtifacts:
-    shutil.copytree(original, tmp_path / "runs")
-    return open_run(str(tmp_path / "runs" / "synthetic"))
+def run(sixteen_steps: Path, tmp_path: Path) -> RunArtifacts:
+    return copied(sixteen_steps, tmp_path)
 
 
 @pytest.fixture
-def folder(run: RunArtifacts, tmp_path: Path) -> Path:
-    return tmp_path / "runs" / "synthetic"
-
-
-def config_of(run: RunArtifacts, **retention: Any) -> Config:
-    return Config.model_validate({**run.record().config, "retention": retention})
-
-
-def sweep(run: RunArtifacts, **retention: Any) -> Plan:
-    config = config_of(run, **retention)
-    return carry_out(run, plan_gc(run, config), config.retention)
-
-
-def files(folder: Path) -> dict[str, int]:
-    """All files of a run but tombstones, with their sizes."""
-    found = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-    return {key: size for key, size in found.items() if not key.startswith(layout.TOMBSTONES)}
-
-
-def faults(run: RunArtifacts) -> list[Any]:
-    return verify_run(run, SyntheticVerifier(), decode)
-
-
-def tip_leg(run: RunArtifacts) -> str:
-    head = run.head()
-    assert head is not None
-    return head.leg_id
-
-
-def leave(folder: Path, key: str, age: timedelta = OLD, text: str = "left over") -> str:
-    """A file that somebody wrote that long ago."""
-    path = folder / key
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    then = time.time() - age.total_seconds()
-    os.utime(path, (then, then))
-    return key
-
-
-def lease(run: RunArtifacts, acquired: timedelta, renewed: timedelta, writer: str = STRANGER) -> None:
-    now = datetime.now(UTC)
-    record = Lease(
-        writer=writer,
-        host="elsewhere",
-        pid=7,
-        acquired_at=(now - acquired).isoformat(),
-        renewed_at=(now - renewed).isoformat(),
-        ttl_seconds=300,
-    )
-    run.store.create(layout.lease(record.writer), record)
+def folder(run: RunArtifacts) -> Path:
+    return folder_of(run)
 
 
 # ---- checkpoints
@@ -129,7 +59,7 @@ def test_big_files_go_and_all_that_says_what_happened_stays(run: RunArtifacts, f
     assert all(run.checkpoint(c.leg_id, c.step) == c for c in plan.checkpoints)
     (tombstone,) = run.tombstones()
     assert tombstone.reason == "keep_last 1, keep_every 0"
-    assert set(tombstone.files) == {removal.key for removal in plan.removed} == run.removed()
+    assert set(tombstone.files) == {removal.key for removal in plan.removed} == removed_keys(run.tombstones())
 
 
 def test_a_swept_run_is_whole_and_can_be_read_and_exported(run: RunArtifacts, tmp_path: Path) -> None:
@@ -197,120 +127,6 @@ def test_a_leg_whose_last_segment_was_lost_is_gone_on_with_from_where_it_was(tmp
     kept = {kept.step: kept.why for kept in plan.kept if kept.leg_id == leg}
     assert kept[8] == "its segment is not committed"
     assert kept[6] == "the tip of the main line"
-
-
-# ---- debris
-
-DEBRIS = (
-    f"model/tokenizer-{HASH}.json",
-    f"guides/0123456789ab/trajectories-{HASH}.parquet",
-    f"evals/0123456789ab/samples-{HASH}.parquet",
-    f"signals/0123456789ab/signal-{HASH}.parquet",
-    f".head.json.{HASH}.tmp",
-    f"decisions/.0123456789ab-000010.json.{HASH}.tmp",
-    f"leases/.{STRANGER}.json.lock",
-    f"tombstones/.20260101T000000-{STRANGER}.json.{HASH}.tmp",
-)
-
-
-def in_leg(run: RunArtifacts) -> tuple[str, ...]:
-    """What killed attempts leave in a leg: in folders with a manifest, and in those that never got one."""
-    leg = tip_leg(run)
-    return (
-        f"{layout.segment(leg, 14, 16)}/rollouts-{HASH}.parquet",
-        f"{layout.segment(leg, 16, 18)}/metrics-{HASH}.parquet",
-        f"{layout.segment(leg, 16, 18)}/.metrics-{HASH}.parquet.{HASH}.tmp",
-        f"{layout.checkpoint(leg, 16)}/model-00001-of-00002-{HASH}.safetensors",
-        f"{layout.checkpoint(leg, 18)}/state-{HASH}.json",
-        f"legs/{leg}/.leg.json.{HASH}.tmp",
-    )
-
-
-def test_debris_goes_when_it_is_old_enough(run: RunArtifacts, folder: Path) -> None:
-    before = files(folder)
-    old = {leave(folder, key) for key in (*DEBRIS, *in_leg(run))}
-    young = {leave(folder, f"{layout.guide('0123456789ab')}/trajectories-{n}{HASH[1:]}.parquet", OLD / 2) for n in "12"}
-    plan = sweep(run, keep_last=16)
-    assert {removal.key for removal in plan.removed} == old
-    assert set(files(folder)) == set(before) | young
-    assert plan.unknown == ()
-    assert {removal.key for removal in sweep(run, keep_last=16, grace_hours=14).removed} == young
-    assert files(folder) == before
-
-
-def test_the_newest_report_stays(run: RunArtifacts, folder: Path) -> None:
-    older = [leave(folder, f"reports/report-{n}{HASH[1:]}.html", OLD * n) for n in (2, 3)]
-    newest = leave(folder, f"reports/report-{HASH}.html")
-    assert {removal.key for removal in sweep(run, keep_last=16).removed} == set(older)
-    assert (folder / newest).exists()
-
-
-def test_a_file_that_is_not_ours_is_named_and_stays(run: RunArtifacts, folder: Path) -> None:
-    leg = tip_leg(run)
-    keys = (
-        "notes.txt",
-        "leases/readme",
-        f"legs/{leg}/checkpoints/000008/backup.safetensors",
-        f"copies/{leg}/checkpoints/000008/model-{HASH}.safetensors",
-        f"model-{HASH}.safetensors",
-        "reports/report.html",
-        "guides/manifest.json",
-    )
-    for key in keys:
-        leave(folder, key)
-    plan = sweep(run, keep_last=16)
-    assert set(plan.unknown) == set(keys)
-    assert plan.removed == ()
-    assert all((folder / key).exists() for key in keys)
-
-
-def test_beside_a_live_writer_nothing_goes_that_it_may_be_about_to_commit(run: RunArtifacts, folder: Path) -> None:
-    lease(run, acquired=timedelta(hours=1), renewed=timedelta(seconds=10))
-    leg = tip_leg(run)
-    begun = leave(folder, f"{layout.segment(leg, 14, 16)}/rollouts-{HASH}.parquet", timedelta(hours=1, minutes=4))
-    before = leave(folder, f"{layout.segment(leg, 12, 14)}/rollouts-{HASH}.parquet", timedelta(hours=1, minutes=6))
-    # The writer may come by these steps, write the same file again under the same name, and commit it.
-    open_still = leave(folder, f"{layout.segment(leg, 16, 18)}/rollouts-{HASH}.parquet")
-    temporary = leave(folder, f"{layout.segment(leg, 16, 18)}/.rollouts-{HASH}.parquet.{HASH}.tmp")
-    plan = sweep(run, keep_last=16, grace_hours=0)
-    assert {removal.key for removal in plan.removed} == {before, temporary}
-    run.store.remove(layout.lease(STRANGER))
-    plan = sweep(run, keep_last=16, grace_hours=0)
-    assert {removal.key for removal in plan.removed} == {begun, open_still}
-
-
-def test_an_expired_lease_protects_nothing_and_is_debris_itself(run: RunArtifacts, folder: Path) -> None:
-    lease(run, acquired=timedelta(hours=40), renewed=timedelta(minutes=6))
-    record = layout.lease(STRANGER)
-    leave(folder, record, timedelta(minutes=6), (folder / record).read_text())
-    left = leave(folder, f"{layout.segment(tip_leg(run), 16, 18)}/rollouts-{HASH}.parquet", timedelta(minutes=6))
-    assert sweep(run, keep_last=16).removed == ()
-    plan = sweep(run, keep_last=16, grace_hours=0)
-    assert {removal.key for removal in plan.removed} == {left, record}
-
-
-def test_what_was_written_a_moment_ago_stays_though_there_is_no_lease(run: RunArtifacts, folder: Path) -> None:
-    # A process that begins a run, or writes a report, holds none.
-    leave(folder, f".prompts.parquet.{HASH}.tmp", timedelta(minutes=4))
-    assert sweep(run, keep_last=16, grace_hours=0).removed == ()
-
-
-def test_what_was_committed_since_the_plan_was_made_stays(run: RunArtifacts, folder: Path) -> None:
-    evaluation = run.evaluations()[0]
-    manifest = folder / layout.manifest(layout.evaluation(evaluation.eval_id))
-    data, written = manifest.read_bytes(), {entry.key for entry in evaluation.files}
-    for key in written:
-        leave(folder, key)
-    manifest.unlink()
-    config = config_of(run, keep_last=16)
-    plan = plan_gc(run, config)
-    assert written <= {removal.key for removal in plan.removed}
-    manifest.write_bytes(data)
-    assert carry_out(run, plan, config.retention).removed == ()
-    manifest.unlink()
-    lease(run, acquired=timedelta(0), renewed=timedelta(0))
-    assert carry_out(run, plan, config.retention).removed == ()
-    assert written <= set(files(folder))
 
 
 # ---- damage
@@ -417,118 +233,3 @@ def test_the_command_says_what_went_what_stays_and_why(run: RunArtifacts, folder
     assert npo("gc", run.uri, "--keep-last", 0).returncode == 2
     refused = npo("gc", run.uri, "--grace-hours", "inf")
     assert (refused.returncode, "retention.grace_hours" in refused.stderr) == (2, True)
-
-
-# ---- real runs
-
-# The last evaluation of a run that ends early is not one of a long run's.
-SAME = ("head", "legs", "segments", "checkpoints", "guides", "decisions")
-
-
-@pytest.mark.slow
-def test_a_run_that_goes_on_after_a_gc_is_bit_identical(tmp_path: Path, prefect_server: dict[str, str]) -> None:
-    for config in ("testbed-grpo", "testbed-npo"):
-        short = run_arguments(config, tmp_path / "swept", config, run__total_steps=6)
-        uri = last_json(npo(*short, "--json", env=prefect_server))["run"]
-        swept = last_json(npo("gc", uri, "--json", "--keep-last", 1, "--grace-hours", 0))
-        assert {removal["why"] for removal in swept["removed"]} == {"checkpoint that nothing needs"}
-        last_json(npo(*run_arguments(config, tmp_path / "swept", config), "--json", env=prefect_server))
-        calm = last_json(npo(*run_arguments(config, tmp_path / "calm", config), "--json", env=prefect_server))
-        found, wanted = fingerprint(open_run(uri)), fingerprint(open_run(calm["run"]))
-        assert {part: found[part] for part in SAME} == {part: wanted[part] for part in SAME}
-        assert npo("verify", uri).returncode == 0
-
-
-@pytest.mark.slow
-def test_evaluations_asked_for_after_a_gc_leave_out_what_it_removed(
-    tmp_path: Path, prefect_server: dict[str, str]
-) -> None:
-    first = run_arguments("testbed-grpo", tmp_path, "demo", evaluation__every=0)
-    uri = last_json(npo(*first, "--json", env=prefect_server))["run"]
-    swept = last_json(npo("gc", uri, "--keep-last", "1", "--json"))
-    assert swept["removed"]
-    more = run_arguments("testbed-grpo", tmp_path, "demo", evaluation__every=2, run__total_steps=12)
-    assert last_json(npo(*more, "--json", env=prefect_server))["head_step"] == 12
-    assert {e.checkpoint.step for e in open_run(uri).evaluations()} == {0, 8, 10, 12}
-
-
-@pytest.mark.slow
-def test_autonpo_rolls_back_the_same_way_after_a_gc(tmp_path: Path, prefect_server: dict[str, str]) -> None:
-    calm = last_json(npo(*autonpo_arguments(tmp_path / "calm", "demo"), "--json", env=prefect_server))
-    # It ends where the monitor warns: what it would roll back to must outlive the gc.
-    short = autonpo_arguments(tmp_path / "swept", "demo", run__total_steps=8)
-    uri = last_json(npo(*short, "--json", env=prefect_server))["run"]
-    for total in (8, 10, 16):
-        last_json(npo("gc", uri, "--json", "--keep-last", 1, "--grace-hours", 0))
-        arguments = autonpo_arguments(tmp_path / "swept", "demo", run__total_steps=total)
-        last_json(npo(*arguments, "--json", env=prefect_server))
-    assert open_run(uri).tombstones()
-    found, wanted = fingerprint(open_run(uri)), fingerprint(open_run(calm["run"]))
-    assert {part: found[part] for part in SAME} == {part: wanted[part] for part in SAME}
-    assert len([d for d in open_run(uri).decisions() if d.intervene]) == 2
-    assert npo("verify", uri).returncode == 0
-
-
-GC_LOOP = """
-import json, sys
-from datetime import timedelta
-from npo_core import debris
-from npo_core.artifacts import open_run
-from npo_core.gc import carry_out, plan_gc
-from npo_core.leases import live_leases
-from schemas.config import Config
-
-debris.MARGIN = timedelta(0)  # nothing is old in a test: what protects the writer here is its lease alone
-run = open_run(sys.argv[1])
-while not live_leases(run):
-    pass
-config = Config.model_validate({**run.record().config, "retention": {"keep_last": 1, "grace_hours": 0}})
-while live_leases(run):
-    done = carry_out(run, plan_gc(run, config), config.retention)
-    print(json.dumps([removal.why for removal in done.removed]), flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_gc_in_a_loop_beside_a_run_that_writes_harms_nothing(tmp_path: Path, prefect_server: dict[str, str]) -> None:
-    calm = last_json(npo(*autonpo_arguments(tmp_path / "calm", "demo"), "--json", env=prefect_server))
-    uri = str(tmp_path / "swept" / "demo")
-    with (tmp_path / "gc.out").open("w") as out, (tmp_path / "gc.err").open("w") as err:
-        loop = subprocess.Popen([sys.executable, "-c", GC_LOOP, uri], cwd=ROOT, stdout=out, stderr=err)
-        try:
-            result = npo(*autonpo_arguments(tmp_path / "swept", "demo"), "--json", env=prefect_server)
-            assert loop.wait(timeout=60) == 0, (tmp_path / "gc.err").read_text()
-        finally:
-            loop.kill()
-            loop.wait()
-    run = open_run(last_json(result)["run"])
-    swept = [json.loads(line) for line in (tmp_path / "gc.out").read_text().splitlines()]
-    assert len(swept) > 5
-    assert {why for sweep in swept for why in sweep} == {"checkpoint that nothing needs"}
-    assert run.tombstones()
-    found, wanted = fingerprint(run), fingerprint(open_run(calm["run"]))
-    assert found == wanted
-    assert npo("verify", run.uri).returncode == 0
-
-
-@pytest.mark.slow
-def test_on_s3_a_run_gives_its_lease_back_and_gc_does_what_it_does_on_disk(
-    tmp_path: Path, prefect_server: dict[str, str], s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in s3_server.env.items():
-        monkeypatch.setenv(name, value)
-    done = []
-    for store in ("s3://runs/swept", tmp_path):
-        uri = last_json(npo(*run_arguments("testbed-grpo", store, "demo"), "--json", env=prefect_server))["run"]
-        run = open_run(uri)
-        assert not [found for found in run.store.walk("") if found.key.startswith(layout.LEASES)]
-        would = last_json(npo("gc", uri, "--dry-run", "--json", "--keep-last", 1, "--grace-hours", 0))
-        did = last_json(npo("gc", uri, "--json", "--keep-last", 1, "--grace-hours", 0))
-        assert would == did | {"dry_run": True}
-        gone = {removal["key"] for removal in did["removed"]}
-        assert gone
-        assert not gone & {found.key for found in run.store.walk("")}
-        assert npo("verify", uri).returncode == 0
-        done.append({part: did[part] for part in ("removed", "kept", "unknown")})
-    assert done[0] == done[1]
-    assert done[0]["unknown"] == []

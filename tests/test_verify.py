@@ -1,101 +1,28 @@
-"""`verify_run` names every kind of damage, and nothing else."""
+"""`npo verify` finds every altered byte, row and answer, and names a remedy."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
 from npo_core import parquet
-from npo_core.artifacts import RunArtifacts, open_run
-from npo_core.findings import Fault
 from npo_core.interfaces import NearFutureError, Prompt, Verdict
 from npo_core.legs import segment_digest
 from npo_core.verify import verify_run
 from schemas import layout
-from schemas.digest import canonical_json, digest_bytes
-from schemas.records import LegKind, LegRecord, Manifest, Record, SegmentManifest
-from tests.synthetic import SyntheticVerifier, build_run, decode, encode
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of a run of eight steps, to be copied and damaged."""
-    store = tmp_path_factory.mktemp("original")
-    build_run(store, steps=8, segment_steps=2)
-    return store
-
-
-class Damaged:
-    """A copy of the run, and the means to damage it as somebody with an editor could."""
-
-    def __init__(self, store: Path) -> None:
-        self.run: RunArtifacts = open_run(str(store / "synthetic"))
-        self.folder = store / "synthetic"
-
-    def leg(self, kind: LegKind) -> LegRecord:
-        return [leg for leg in self.run.legs() if leg.kind == kind][-1]
-
-    def segment(self, kind: LegKind = "replay") -> SegmentManifest:
-        return self.run.segments(self.leg(kind).leg_id)[0]
-
-    def folder_of(self, segment: SegmentManifest) -> str:
-        return layout.segment(segment.leg_id, segment.start, segment.stop)
-
-    def data(self, manifest: Manifest, role: str) -> Path:
-        return self.folder / manifest.file(role).key
-
-    def write(self, key: str, record: Record) -> str:
-        """Replaces a record, by hand."""
-        (self.folder / key).write_bytes(canonical_json(record.model_dump(mode="json")))
-        return key
-
-    def forge(self, folder: str, manifest: Manifest, role: str, table: pa.Table, **fields: Any) -> str:
-        """Replaces a table, and all that the manifest says of its bytes; returns the table's key."""
-        data = parquet.encode(table, parquet.SCHEMAS[role])
-        entry = manifest.file(role)
-        new = entry.model_copy(
-            update={
-                "key": layout.data_file(folder, f"{role}.parquet", digest_bytes(data)),
-                "bytes": len(data),
-                "sha256": digest_bytes(data),
-                "rows": table.num_rows,
-                "footer_sha256": parquet.footer_digest(data),
-            }
-        )
-        (self.folder / new.key).write_bytes(data)
-        files = tuple(new if file == entry else file for file in manifest.files)
-        if isinstance(manifest, SegmentManifest):
-            after = self.run.require_checkpoint(manifest.leg_id, manifest.stop)
-            assert after.segment is not None
-            rows = after.segment.model_copy(update={"files": files})
-            self.write(
-                layout.manifest(layout.checkpoint(after.leg_id, after.step)),
-                after.model_copy(update={"segment": rows}),
-            )
-        self.write(layout.manifest(folder), manifest.model_copy(update={"files": files, **fields}))
-        return new.key
-
-    def faults(self) -> list[Fault]:
-        return verify_run(self.run, SyntheticVerifier(), decode)
+from tests.copies import copied
+from tests.damage import Damaged, edit, only
+from tests.synthetic import SyntheticVerifier, decode, encode
 
 
 @pytest.fixture
-def damaged(original: Path, tmp_path: Path) -> Damaged:
-    shutil.copytree(original, tmp_path / "runs")
+def damaged(eight_steps: Path, tmp_path: Path) -> Damaged:
+    copied(eight_steps, tmp_path)
     return Damaged(tmp_path / "runs")
-
-
-def edit(table: pa.Table, column: str, change: Callable[[list[Any]], list[Any]]) -> pa.Table:
-    """The table with other values in one column."""
-    field = table.schema.field(column)
-    values = pa.array(change(table[column].to_pylist()), field.type)
-    return table.set_column(table.schema.get_field_index(column), field, values)
 
 
 def test_an_undamaged_run_has_no_faults(damaged: Damaged) -> None:
@@ -103,13 +30,6 @@ def test_an_undamaged_run_has_no_faults(damaged: Damaged) -> None:
     assert verify_run(damaged.run, SyntheticVerifier(), decode, seen.append) == []
     manifests = {path.parent.relative_to(damaged.folder).as_posix() for path in damaged.folder.rglob("manifest.json")}
     assert set(seen) == manifests - {layout.MODEL}, "something was not looked at"
-
-
-def only(faults: list[Fault], key: str, problem: str) -> None:
-    """There is one fault, of this file, and it says what is wrong and what to do."""
-    assert [fault.key for fault in faults] == [key], faults
-    assert problem in faults[0].problem
-    assert "restore it from a copy" in faults[0].remedy
 
 
 # ---- bytes
@@ -320,121 +240,6 @@ def test_scores_that_are_not_those_of_the_samples(damaged: Damaged) -> None:
     key = layout.manifest(layout.evaluation(evaluation.eval_id))
     damaged.write(key, evaluation.model_copy(update={"accuracy": 0.99}))
     only(damaged.faults(), key, "its scores are not those of its samples")
-
-
-# ---- lineage
-
-
-def test_a_missing_leg_record(damaged: Damaged) -> None:
-    leg = damaged.leg("replay")
-    (damaged.folder / layout.leg(leg.leg_id)).unlink()
-    found = {fault.key: fault.problem for fault in damaged.faults()}
-    assert found[layout.leg(leg.leg_id)] == "is missing"
-    assert f"leg {leg.leg_id} of the main line is missing" in found[layout.HEAD]
-
-
-def test_an_edited_leg_record(damaged: Damaged) -> None:
-    leg = damaged.leg("replay")
-    key = damaged.write(layout.leg(leg.leg_id), leg.model_copy(update={"start": 0}))
-    problems = {fault.problem for fault in damaged.faults() if fault.key == key}
-    assert any("was altered" in problem for problem in problems)
-    assert "starts at step 0, its parent is of step 2" in problems
-
-
-def test_a_leg_of_another_recipe(damaged: Damaged) -> None:
-    record = damaged.run.record()
-    damaged.write(layout.RUN, record.model_copy(update={"recipe_digest": "0" * 64}))
-    keys = {fault.key for fault in damaged.faults() if "another recipe" in fault.problem}
-    assert keys == {layout.leg(leg.leg_id) for leg in damaged.run.legs()}
-
-
-def test_a_missing_parent_checkpoint(damaged: Damaged) -> None:
-    parent = damaged.leg("replay").parent
-    assert parent is not None
-    shutil.rmtree(damaged.folder / layout.checkpoint(parent.leg_id, parent.step))
-    faults = damaged.faults()
-    keys = {fault.key for fault in faults}
-    assert layout.leg(damaged.leg("replay").leg_id) in keys
-    assert all(f"(leg {parent.leg_id}, step 2) is missing" in fault.problem for fault in faults)
-
-
-def test_a_checkpoint_that_was_replaced(damaged: Damaged) -> None:
-    parent = damaged.leg("replay").parent
-    assert parent is not None
-    other = damaged.run.require_checkpoint(damaged.leg("scout").leg_id, 4)
-    key = layout.manifest(layout.checkpoint(parent.leg_id, parent.step))
-    damaged.write(key, other.model_copy(update={"leg_id": parent.leg_id, "step": parent.step}))
-    problems = {fault.key: fault.problem for fault in damaged.faults()}
-    assert "is another checkpoint now" in problems[layout.leg(damaged.leg("replay").leg_id)]
-
-
-def test_a_checkpoint_whose_digest_was_edited(damaged: Damaged) -> None:
-    manifest = damaged.run.checkpoints(damaged.leg("scout").leg_id)[0]
-    key = layout.manifest(layout.checkpoint(manifest.leg_id, manifest.step))
-    damaged.write(key, manifest.model_copy(update={"weights_digest": "0" * 64}))
-    only(damaged.faults(), key, "its digests are not those of its files")
-
-
-def test_a_missing_guide(damaged: Damaged) -> None:
-    leg = damaged.leg("replay")
-    shutil.rmtree(damaged.folder / layout.guide(leg.guide_id or ""))
-    found = {fault.key: fault.problem for fault in damaged.faults()}
-    assert f"its guide {leg.guide_id} is missing" in found[layout.leg(leg.leg_id)]
-
-
-def test_a_missing_segment(damaged: Damaged) -> None:
-    segment = damaged.segment("replay")
-    folder = damaged.folder_of(segment)
-    shutil.rmtree(damaged.folder / folder)
-    (fault,) = damaged.faults()
-    assert fault == Fault(layout.manifest(folder), "steps 2-4 are missing", "restore them from a copy, or run again")
-
-
-def test_a_main_line_that_ends_before_its_next_leg(damaged: Damaged) -> None:
-    leg = damaged.leg("replay")
-    shutil.rmtree(damaged.folder / layout.segment(leg.leg_id, 4, 6))
-    only(damaged.faults(), layout.segments(leg.leg_id), "no segment ends at step 6, where the main line leaves the leg")
-
-
-def test_steps_that_are_committed_twice(damaged: Damaged) -> None:
-    segment = damaged.segment("scout")
-    wide = layout.segment(segment.leg_id, 2, 6)
-    (damaged.folder / wide).mkdir()
-    damaged.write(layout.manifest(wide), segment.model_copy(update={"stop": 6}))
-    problems = {fault.problem for fault in damaged.faults()}
-    assert {"steps 2-4 are committed twice", "steps 4-6 are committed twice"} <= problems
-
-
-def test_a_segment_that_says_it_is_another(damaged: Damaged) -> None:
-    segment = damaged.segment("scout")
-    key = damaged.write(
-        layout.manifest(damaged.folder_of(segment)), damaged.segment("replay").model_copy(update={"nonce": "x"})
-    )
-    problems = [fault.problem for fault in damaged.faults() if fault.key == key]
-    assert any("it is of another leg or of other steps" in problem for problem in problems)
-
-
-@pytest.mark.parametrize("key", [layout.HEAD, "decisions"])
-def test_a_reference_to_a_leg_that_is_not_there(damaged: Damaged, key: str) -> None:
-    record: Record | None = damaged.run.head()
-    if key == "decisions":
-        record = damaged.run.decisions()[0]
-        key = layout.decision("nowhere", 2, None)
-    assert record is not None
-    damaged.write(key, record.model_copy(update={"leg_id": "nowhere"}))
-    (fault,) = damaged.faults()
-    assert fault.key == key
-    assert "nowhere" in fault.problem
-
-
-def test_a_missing_head(damaged: Damaged) -> None:
-    (damaged.folder / layout.HEAD).unlink()
-    only(damaged.faults(), layout.HEAD, "is missing")
-
-
-def test_no_run_is_no_list_of_faults(tmp_path: Path) -> None:
-    with pytest.raises(NearFutureError, match="there is no run 'nothing'"):
-        verify_run(open_run(str(tmp_path / "nothing")), SyntheticVerifier(), decode)
 
 
 def test_rows_that_are_not_those_which_led_to_the_checkpoint(damaged: Damaged) -> None:

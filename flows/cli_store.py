@@ -1,4 +1,4 @@
-"""The command `npo gc`, which removes what a run no longer needs."""
+"""The commands about the files of a run: which of them count (files), and which can go (gc)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,51 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli_output import Json, emit, table
+from flows.cli_views import Run, open_existing
 
 if TYPE_CHECKING:
     from npo_core.debris import Removal
     from npo_core.retention import Kept
-
-Run = Annotated[str, typer.Argument(help="The run: STORE/NAME, say runs/demo or file:///data/runs/demo.")]
 
 SHOWN = 10
 """Most names of files that are shown to people."""
 
 
 def register(app: typer.Typer) -> None:
-    """Adds this command to `app`."""
-    app.command()(gc)
+    """Adds these commands to `app`."""
+    for command in (files, gc):
+        app.command()(command)
+
+
+def files(
+    run: Run,
+    role: Annotated[
+        str,
+        typer.Option(
+            help="rollouts, metrics, telemetry, trajectories and window (guides'), samples (evaluations'), signal."
+        ),
+    ] = "rollouts",
+    main_line: Annotated[bool, typer.Option("--main-line", help="Only what is on the main line.")] = False,
+    json: Json = False,
+) -> None:
+    """Lists the committed Parquet files of a role, one URI a line, for polars, DuckDB and pandas.
+
+    A glob over the folder may also see what killed attempts left.
+
+    Examples:
+
+      npo files runs/demo
+
+      npo files runs/demo --role metrics --main-line --json
+    """
+    from npo_core.data_files import data_files
+
+    found = data_files(open_existing(run), role, main_line)
+    if json:
+        emit(json, {"files": found}, "")
+    else:
+        for file in found:
+            print(file["uri"])
 
 
 def gc(
@@ -55,12 +86,11 @@ def gc(
 
       npo gc runs/demo --grace-hours 0 --json
     """
-    from npo_core.artifacts import open_run
     from npo_core.config_file import overridden
     from npo_core.gc import carry_out, plan_gc
     from npo_core.workspace import Workspace
 
-    opened = Workspace.of(open_run(run))
+    opened = Workspace.of(open_existing(run))
     asked = {"keep_last": keep_last, "keep_every": keep_every, "grace_hours": grace_hours}
     overrides = [f"retention.{name}={value}" for name, value in asked.items() if value is not None]
     config = overridden(opened.config, overrides, "retention")

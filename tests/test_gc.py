@@ -132,10 +132,10 @@ def test_a_leg_whose_last_segment_was_lost_is_gone_on_with_from_where_it_was(tmp
 # ---- damage
 
 
-@pytest.mark.parametrize("kind", ["leg.json", "segment", "checkpoint", "guide", "eval", "head.json", "model", "lease"])
-def test_nothing_goes_from_a_run_with_a_damaged_record(run: RunArtifacts, folder: Path, kind: str) -> None:
+def record_key(run: RunArtifacts, kind: str) -> str:
+    """Key of one of the run's records."""
     leg = tip_leg(run)
-    key = {
+    return {
         "leg.json": layout.leg(leg),
         "segment": layout.manifest(layout.segment(leg, 8, 10)),
         "checkpoint": layout.manifest(layout.checkpoint(leg, 8)),
@@ -145,6 +145,11 @@ def test_nothing_goes_from_a_run_with_a_damaged_record(run: RunArtifacts, folder
         "model": layout.manifest(layout.MODEL),
         "lease": layout.lease(STRANGER),
     }[kind]
+
+
+@pytest.mark.parametrize("kind", ["leg.json", "segment", "checkpoint", "guide", "eval", "head.json", "model", "lease"])
+def test_nothing_goes_from_a_run_with_a_damaged_record(run: RunArtifacts, folder: Path, kind: str) -> None:
+    key = record_key(run, kind)
     leave(folder, key, text='{"kind": "segm')
     before = files(folder)
     with pytest.raises(NearFutureError, match="nothing is removed from") as told:
@@ -155,16 +160,7 @@ def test_nothing_goes_from_a_run_with_a_damaged_record(run: RunArtifacts, folder
 
 @pytest.mark.parametrize("kind", ["leg.json", "segment", "checkpoint", "guide", "head.json", "model"])
 def test_nothing_goes_from_a_run_that_lacks_a_record(run: RunArtifacts, folder: Path, kind: str) -> None:
-    leg = tip_leg(run)
-    key = {
-        "leg.json": layout.leg(leg),
-        "segment": layout.manifest(layout.segment(leg, 8, 10)),
-        "checkpoint": layout.manifest(layout.checkpoint(leg, 8)),
-        "guide": layout.manifest(layout.guide(run.guides()[0].guide_id)),
-        "head.json": layout.HEAD,
-        "model": layout.manifest(layout.MODEL),
-    }[kind]
-    (folder / key).unlink()
+    (folder / record_key(run, kind)).unlink()
     before = files(folder)
     with pytest.raises(NearFutureError, match="nothing is removed from"):
         sweep(run, grace_hours=0)

@@ -45,8 +45,6 @@ class Workspace:
 
     def __init__(self, config: Config, run: RunArtifacts, record: RunRecord) -> None:
         self.config, self.run, self.record = config, run, record
-        if config.run.single_writer:
-            run.store.declare_single_writer()
         self._scratch = tempfile.TemporaryDirectory(prefix="near-future-")
         self._engine: Engine | None = None
         self._holds: tuple[str, float | None] | None = None
@@ -69,6 +67,8 @@ class Workspace:
                 f"({'.'.join(map(str, fault['loc']))}: {fault['msg']}); restore it from a copy, or use the version "
                 "that began the run"
             ) from error
+        if config.run.single_writer:
+            run.store.declare_single_writer()
         return cls(config, run, record)
 
     @property

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from safetensors.numpy import save_file
 
 from npo_core import lineage
-from npo_core.artifacts import RunArtifacts, prompts_digest
+from npo_core.artifacts import RunArtifacts
 from npo_core.evaluate import Evaluation
 from npo_core.groups import Group, group_rows, mix_groups, step_metrics
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
@@ -27,7 +26,6 @@ from npo_core.store import open_store
 from schemas import tables
 from schemas.config import Config
 from schemas.decisions import DecisionRecord
-from schemas.digest import digest_json
 from schemas.records import (
     SCHEMA_VERSION,
     CheckpointManifest,
@@ -35,12 +33,11 @@ from schemas.records import (
     GuideSpec,
     LegKind,
     LegRecord,
-    RunRecord,
     SegmentRows,
     TaskScore,
 )
+from tests.made_up import ENVIRONMENT, made_up_record, write_checkpoint
 
-ENVIRONMENT = {"torch": "none", "threads": "1", "generator": "synthetic"}
 PROMPTS_A_STEP, GROUP, HELD_OUT = 16, 4, 16
 K, MAX_NEW_TOKENS = 4, 8
 FAMILIES = {"sum": "s", "reverse": "r", "maximum": "m"}
@@ -113,18 +110,9 @@ class _Builder:
 
     def run(self) -> RunArtifacts:
         prompts = to_arrow(self.train, self.held_out)
-        recipe = self.config.recipe()
         self.record = self.artifacts.create_run(
-            RunRecord(
-                run_id=self.artifacts.run_id,
-                recipe=recipe,
-                config=self.config.model_dump(mode="json"),
-                model_digest=digest_json("model"),
-                tokenizer_digest=digest_json("tokenizer"),
-                prompts_digest=prompts_digest(prompts),
-                verifier=self.verifier.name,
-                recipe_digest=digest_json([recipe, self.seed]),
-                created_at=_time(0),
+            made_up_record(
+                self.artifacts.run_id, self.config, prompts, self.verifier.name, self.seed, created_at=_time(0)
             )
         )
         self.artifacts.put_prompts(prompts)
@@ -217,11 +205,7 @@ class _Builder:
         rng = self._rng(leg.kind, step)
         with tempfile.TemporaryDirectory() as directory:
             root = Path(directory)
-            for folder, file in (("weights", "model"), ("optimizer", "optimizer")):
-                (root / folder).mkdir()
-                tensors = {"w": rng.standard_normal((4, 4)).astype(np.float32)}
-                save_file(tensors, root / folder / f"{file}.safetensors", {"format": "pt"})
-            (root / "state.json").write_text(json.dumps({"step": step}))
+            write_checkpoint(root, step, rng)
             return self.artifacts.commit_checkpoint(leg.leg_id, step, root, ENVIRONMENT, rows)[0]
 
     def _guide(self, future: _Policy, start: int, stop: int) -> GuideManifest:

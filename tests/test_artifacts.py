@@ -22,7 +22,8 @@ from schemas import layout
 from schemas.records import Head, LegRecord, Manifest, SegmentManifest
 from schemas.tables import TRAJECTORIES
 from tests.copies import copied, folder_of, leg_of
-from tests.synthetic import ENVIRONMENT, SyntheticVerifier, build_run, decode
+from tests.made_up import ENVIRONMENT
+from tests.synthetic import SyntheticVerifier, build_run, decode
 
 ROOT = Path(__file__).parents[1]
 

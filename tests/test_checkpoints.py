@@ -19,7 +19,7 @@ from schemas import layout
 from schemas.digest import canonical_json, digest_bytes
 from schemas.records import CheckpointManifest, CheckpointRef, FileEntry
 from tests.copies import copied, folder_of, leg_of
-from tests.synthetic import ENVIRONMENT
+from tests.made_up import ENVIRONMENT
 
 
 @pytest.fixture

@@ -7,22 +7,20 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from safetensors.numpy import save_file
 
 from npo_core import lineage
-from npo_core.artifacts import RunArtifacts, prompts_digest
+from npo_core.artifacts import RunArtifacts
 from npo_core.monitor import MONITOR_FILE, observe
 from npo_core.prompts import PromptTable, to_arrow
 from npo_core.store import open_store
+from npo_core.workspace import new_leg, now
 from schemas import tables
 from schemas.config import Config
 from schemas.decisions import MonitorState
-from schemas.digest import digest_json
 from schemas.records import (
     CheckpointManifest,
     CheckpointRef,
@@ -44,8 +42,8 @@ from tests.bench.scale_data import (
     make_pool,
     make_rollouts,
 )
+from tests.made_up import ENVIRONMENT, made_up_record, write_checkpoint
 
-ENVIRONMENT = {"torch": "none", "generator": "made up"}
 HELD_OUT = 8
 PASSES = 10
 """Steps that go once through a run's pool."""
@@ -186,36 +184,17 @@ class _Writer:
         return self.run.commit_guide(spec, rows, GROUP * self.shape.tokens * len(names), ENVIRONMENT)
 
     def _record(self, prompts: pa.Table) -> RunRecord:
-        recipe = self.config.recipe()
+        identity = self.shape.tokens
         record = self.run.create_run(
-            RunRecord(
-                run_id=self.run.run_id,
-                recipe=recipe,
-                config=self.config.model_dump(mode="json"),
-                model_digest=digest_json("model"),
-                tokenizer_digest=digest_json("tokenizer"),
-                prompts_digest=prompts_digest(prompts),
-                verifier=VERIFIER,
-                recipe_digest=digest_json([recipe, self.shape.tokens]),
-                created_at=_now(),
-            )
+            made_up_record(self.run.run_id, self.config, prompts, VERIFIER, identity, created_at=now())
         )
-        if record.recipe != recipe:
+        if record.recipe != self.config.recipe():
             raise SystemExit(f"{self.run.uri} is a run of another shape; choose another name")
         self.run.put_prompts(prompts)
         return record
 
     def _open(self, kind: LegKind, parent: CheckpointRef | None) -> LegRecord:
-        return self.run.open_leg(
-            LegRecord(
-                leg_id=lineage.leg_id(self.record.recipe_digest, parent, kind, 0, None),
-                kind=kind,
-                parent=parent,
-                start=0,
-                recipe_digest=self.record.recipe_digest,
-                created_at=_now(),
-            )
-        )
+        return self.run.open_leg(new_leg(self.record, kind, parent, 0))
 
     def _checkpoint(
         self, leg: LegRecord, step: int, monitor: MonitorState, rows: SegmentRows | None = None
@@ -223,11 +202,7 @@ class _Writer:
         rng = np.random.default_rng([self.shape.seed, 4, step])
         with tempfile.TemporaryDirectory() as directory:
             root = Path(directory)
-            for folder, file in (("weights", "model"), ("optimizer", "optimizer")):
-                (root / folder).mkdir()
-                tensors = {"w": rng.standard_normal((4, 4)).astype(np.float32)}
-                save_file(tensors, root / folder / f"{file}.safetensors", {"format": "pt"})
-            (root / "state.json").write_text(json.dumps({"step": step}))
+            write_checkpoint(root, step, rng)
             (root / MONITOR_FILE).write_text(monitor.model_dump_json())
             return self.run.commit_checkpoint(leg.leg_id, step, root, ENVIRONMENT, rows)[0]
 
@@ -261,7 +236,7 @@ class _Writer:
             "update_time": 19.0,
             "peak_rss_bytes": 2**34,
             "host": "none",
-            "finished_at": _now(),
+            "finished_at": now(),
         }
 
 
@@ -285,7 +260,3 @@ def _metrics(made: Rollouts, own: np.ndarray, accuracy: np.ndarray) -> dict[str,
         "tokens/policy": float(lengths.sum()),
         "tokens/trained": float(lengths.sum()),
     }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat()

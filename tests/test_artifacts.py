@@ -220,7 +220,7 @@ def state(run: RunArtifacts) -> dict[str, object]:
     ],
 )
 def test_a_kill_at_any_point_of_a_commit_leaves_nothing_half_visible(
-    original: Path, tmp_path: Path, fault: str
+    eight_steps: Path, tmp_path: Path, fault: str
 ) -> None:
     code = (
         f"import pathlib, tests.synthetic as s; s.build_run(pathlib.Path({str(tmp_path)!r}), steps=8, segment_steps=2)"
@@ -230,7 +230,7 @@ def test_a_kill_at_any_point_of_a_commit_leaves_nothing_half_visible(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = open_run(str(tmp_path / "synthetic"))
     assert verify_run(run, SyntheticVerifier(), decode) == []
-    whole = open_run(str(original / "synthetic"))
+    whole = open_run(str(eight_steps / "synthetic"))
     before = state(run)
     assert before != state(whole), "it was killed too late to show anything"
     build_run(tmp_path, steps=8, segment_steps=2)

@@ -29,7 +29,11 @@ class Summary(BaseModel):
 
 @flow(name="grpo", flow_run_name="grpo {config.run.name}")
 def grpo(config: Config) -> Summary:
-    """On-policy training, without a future."""
+    """On-policy training, without a future.
+
+    Args:
+        config: The whole configuration, as in deploy/configs; what is left out has its default.
+    """
     run = begin_run(config)
     stages.warm_start(run)
     stages.main(run, config.run.total_steps)
@@ -38,7 +42,11 @@ def grpo(config: Config) -> Summary:
 
 @flow(name="npo", flow_run_name="npo {config.run.name}")
 def npo(config: Config) -> Summary:
-    """For each intervention: train to its start, scout ahead, let the guide answer, roll back and replay."""
+    """For each intervention: train to its start, scout ahead, let the guide answer, roll back and replay.
+
+    Args:
+        config: The whole configuration, as in deploy/configs; what is left out has its default.
+    """
     run = begin_run(config)
     stages.warm_start(run)
     for intervention in config.future.interventions:
@@ -54,7 +62,11 @@ def npo(config: Config) -> Summary:
 @flow(name="autonpo", flow_run_name="autonpo {config.run.name}")
 def autonpo(config: Config) -> Summary:
     """Trains on-policy until the monitor decides to roll back, replays with today's policy as guide, and goes on
-    (paper, section 3.3)."""
+    (paper, section 3.3).
+
+    Args:
+        config: The whole configuration, as in deploy/configs; what is left out has its default.
+    """
     run = begin_run(config)
     stages.warm_start(run)
     stages.intervene(run)  # what a killed process had begun

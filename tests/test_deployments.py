@@ -41,6 +41,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     protected = {
         "PREFECT_SERVER_API_AUTH_STRING": secret,
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        # By default it may take a minute until a schedule that was just switched on plans its runs.
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",
     }
     started = LocalServer({**home, **protected}, services=True)
     try:
@@ -206,8 +208,9 @@ def run(deployed: dict[str, str]) -> RunArtifacts:
 def worker(deployed: dict[str, str]) -> Iterator[None]:
     """A process worker, and nothing of it afterwards."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "npo-process", "--type", "process"]
+    environment = {**os.environ, **deployed, "PREFECT_WORKER_QUERY_SECONDS": "1"}
     with (Path(deployed["PREFECT_HOME"]) / "worker.log").open("w") as log:
-        started = subprocess.Popen(command, cwd="/", env={**os.environ, **deployed}, stdout=log, stderr=log)
+        started = subprocess.Popen(command, cwd="/", env=environment, stdout=log, stderr=log)
     try:
         yield
     finally:

@@ -135,6 +135,7 @@ def test_an_unset_variable_is_named_before_anything_is_made(name: str) -> None:
     ("variable", "value", "message"),
     [
         ("PREFECT_API_URL", "http://127.0.0.1:9/api", "PREFECT_API_URL http://127.0.0.1:9/api does not answer"),
+        ("PREFECT_API_URL", "http://127.0.0.1:4200", "it looks like http://HOST:4200/api"),
         ("PREFECT_API_AUTH_STRING", "somebody:wrong", "refuses us (401); set PREFECT_API_AUTH_STRING"),
         ("PREFECT_API_AUTH_STRING", "", "refuses us (401); set PREFECT_API_AUTH_STRING"),
         ("NPO_HOME", "here", "NPO_HOME 'here' is no absolute path"),

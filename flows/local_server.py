@@ -81,14 +81,15 @@ class LocalServer:
 
     Args:
         environment: added to this process's for the server, say PREFECT_HOME.
+        services: whether schedules fire and automations act, which costs a little CPU.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, services: bool = False) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self._supervisor = subprocess.Popen(
-            [sys.executable, "-m", "flows.local_server", str(self.port)],
+            [sys.executable, "-m", "flows.local_server", str(self.port), *([] if services else ["--no-services"])],
             stdin=subprocess.PIPE,
             # A Ctrl-C in the terminal is not for it: the pipe decides, so that a run may still report its end.
             start_new_session=True,
@@ -127,9 +128,9 @@ class LocalServer:
         self._supervisor.wait(timeout=30)
 
 
-def supervise(port: str) -> None:
+def supervise(port: str, *options: str) -> None:
     """Runs the server until it ends or standard input closes; then nothing of its process group is left."""
-    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--no-services", "--analytics-off"]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--analytics-off", *options]
     settings = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL"}
     server = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", port],
@@ -153,4 +154,4 @@ def supervise(port: str) -> None:
 
 
 if __name__ == "__main__":
-    supervise(sys.argv[1])
+    supervise(*sys.argv[1:])

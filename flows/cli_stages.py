@@ -21,6 +21,9 @@ app = typer.Typer(
 )
 
 Run = Annotated[str, typer.Argument(help="The run: STORE/NAME, say runs/demo or file:///data/runs/demo.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Compute again what is committed, and exit with 1 if it comes out otherwise.")
+]
 Step = Annotated[int | None, typer.Option(min=0, help="Step of the main line; its tip by default.")]
 
 
@@ -94,6 +97,7 @@ def warm_start(
         Path | None,
         typer.Option(help="Train the embedded testbed's warm start again into this directory, and compare."),
     ] = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Commits the starting policy and evaluates it.
@@ -105,7 +109,7 @@ def warm_start(
       npo stage warm-start runs/demo --rebuild /data/warm
     """
     if rebuild is None:
-        stage("warm-start", run, json)
+        stage("warm-start", run, json, force=force)
         return
     from npo_core.testbed import warm_start as recipe
 
@@ -122,6 +126,7 @@ def scout(
     run: Run,
     start: Annotated[int, typer.Option(min=0, help="Step of the main line to look ahead of.")],
     lookahead: Annotated[int, typer.Option(min=1, help="Δ, in steps.")],
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Trains the future leg: Δ steps ahead of a step of the main line.
@@ -130,7 +135,7 @@ def scout(
 
       npo stage scout runs/demo --start 80 --lookahead 40
     """
-    stage("scout", run, json, start=start, lookahead=lookahead)
+    stage("scout", run, json, force=force, start=start, lookahead=lookahead)
 
 
 @app.command()
@@ -140,6 +145,7 @@ def guide(
     step: Annotated[int, typer.Option(min=0, help="Step of that leg's checkpoint.")],
     start: Annotated[int, typer.Option(min=0, help="First step of the window that the guide serves.")],
     stop: Annotated[int, typer.Option(min=1, help="First step after the window.")],
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Lets a checkpoint answer the prompts of a window and stores one verified-correct trajectory a prompt.
@@ -152,13 +158,14 @@ def guide(
 
     opened = open_run(run)
     checkpoint = opened.require_checkpoint(opened.leg(leg).leg_id, step)
-    stage("guide", run, json, checkpoint=checkpoint.ref, start=start, stop=stop)
+    stage("guide", run, json, force=force, checkpoint=checkpoint.ref, start=start, stop=stop)
 
 
 @app.command()
 def replay(
     run: Run,
     guide: Annotated[str, typer.Option(help="Guide to mix in (`npo show` lists them).")],
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Rolls the main line back to the start of a guide's window and runs it again with the guide mixed in.
@@ -167,12 +174,15 @@ def replay(
 
       npo stage replay runs/demo --guide 0a1b2c3d4e5f
     """
-    stage("replay", run, json, guide_id=guide)
+    stage("replay", run, json, force=force, guide_id=guide)
 
 
 @app.command()
 def main(
-    run: Run, stop: Annotated[int, typer.Option(min=1, help="Train until this step.")], json: Json = False
+    run: Run,
+    stop: Annotated[int, typer.Option(min=1, help="Train until this step.")],
+    force: Force = False,
+    json: Json = False,
 ) -> None:
     """Goes on with the main line, on-policy.
 
@@ -180,7 +190,7 @@ def main(
 
       npo stage main runs/demo --stop 200
     """
-    stage("main", run, json, stop=stop)
+    stage("main", run, json, force=force, stop=stop)
 
 
 @app.command()
@@ -206,14 +216,16 @@ def intervene(run: Run, json: Json = False) -> None:
 
 
 @app.command()
-def evaluate(run: Run, step: Step = None, json: Json = False) -> None:
+def evaluate(run: Run, step: Step = None, force: Force = False, json: Json = False) -> None:
     """Evaluates the main line's policy on the held-out prompts.
 
     Example:
 
       npo stage evaluate runs/demo --step 80
+
+      npo stage evaluate runs/demo --step 80 --force
     """
-    stage("evaluate", run, json, step=step)
+    stage("evaluate", run, json, force=force, step=step)
 
 
 @app.command()
@@ -225,6 +237,7 @@ def signal(
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Training prompts drawn at each step.")] = 128,
     samples: Annotated[int, typer.Option(min=1, help="Answers a prompt and policy.")] = 8,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Measures Q(Δ), V(Δ) and S(Δ) = Q/V on a run's own checkpoints: how far ahead its best guide lies.
@@ -244,7 +257,7 @@ def signal(
     with prefect_api():
         from flows import stages
 
-        made = stages.signal(opened.uri, tuple(step or ()), tuple(lookahead or ()), prompts, samples)
+        made = stages.signal(opened.uri, tuple(step or ()), tuple(lookahead or ()), prompts, samples, force)
     rows = opened.table(made, "signal").to_pylist()
     emit(json, {"stage": "signal", "artifacts": [{**made.model_dump(mode="json"), "rows": rows}]}, _signal_table(rows))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from prefect import flow
 from pydantic import Field
@@ -11,6 +11,7 @@ from pydantic import Field
 from npo_core.progress import progress_bar
 from schemas.decisions import DecisionCode, DecisionRecord
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord, SignalManifest
+from tasks.again import do_again
 from tasks.decisions import record_schedule
 from tasks.legs import (
     leg_checkpoint,
@@ -18,6 +19,8 @@ from tasks.legs import (
     main_line_step,
     open_leg,
     require_finished,
+    require_replayed,
+    require_trained_by,
     scout_is_done,
     train_segment,
 )
@@ -31,22 +34,24 @@ from tasks.workspaces import workspace
 Run = Annotated[str, Field(min_length=1)]
 Step = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+MadeT = TypeVar("MadeT", CheckpointRef, GuideManifest, EvalManifest, SignalManifest)
 
 
 @flow(name="warm-start", flow_run_name="warm start of {run}")
-def warm_start(run: Run) -> CheckpointRef:
+def warm_start(run: Run, force: bool = False) -> CheckpointRef:
     """Commits the starting policy, and evaluates it.
 
     Args:
         run: URI of the run, STORE/NAME.
+        force: Compute again what is committed, beside it, and fail if it comes out otherwise; nothing is replaced.
     """
-    checkpoint = commit_warm_start(run)
+    checkpoint = checked(run, force, lambda: commit_warm_start(run))
     evaluate_policy(run, checkpoint)
     return checkpoint
 
 
 @flow(name="scout", flow_run_name="scout {start}+{lookahead} of {run}")
-def scout(run: Run, start: Step, lookahead: Count) -> CheckpointRef:
+def scout(run: Run, start: Step, lookahead: Count, force: bool = False) -> CheckpointRef:
     """The future leg: trains `lookahead` steps ahead of the main line's checkpoint at `start`, or, with
     `future.scout.patience`, until it has stopped to solve more.
 
@@ -54,13 +59,15 @@ def scout(run: Run, start: Step, lookahead: Count) -> CheckpointRef:
         run: URI of the run, STORE/NAME.
         start: Step of the main line to look ahead of; it has a checkpoint there.
         lookahead: Δ, in optimizer steps.
+        force: Compute again what is committed, beside it, and fail if it comes out otherwise; nothing is replaced.
     """
     leg = open_leg(run, "scout", main_line_checkpoint(run, start))
-    return train(run, leg, start + lookahead, lambda step: scout_is_done(run, leg, step))
+    stop = start + lookahead
+    return checked(run, force, lambda: train(run, leg, stop, lambda step: scout_is_done(run, leg, step)))
 
 
 @flow(name="guide", flow_run_name="guide {start}-{stop} of {run}")
-def guide(run: Run, checkpoint: CheckpointRef, start: Step, stop: Count) -> GuideManifest:
+def guide(run: Run, checkpoint: CheckpointRef, start: Step, stop: Count, force: bool = False) -> GuideManifest:
     """Verified-correct trajectories of the near future at `checkpoint` for the prompts of steps [start, stop).
 
     Args:
@@ -68,25 +75,29 @@ def guide(run: Run, checkpoint: CheckpointRef, start: Step, stop: Count) -> Guid
         checkpoint: Whose policy answers: a leg, a step of it, and the digest in that checkpoint's manifest.
         start: First step of the window that the guide serves.
         stop: First step after the window.
+        force: Compute again what is committed, beside it, and fail if it comes out otherwise; nothing is replaced.
     """
-    return make_guide(run, checkpoint, start, stop)
+    return checked(run, force, lambda: make_guide(run, checkpoint, start, stop))
 
 
 @flow(name="replay", flow_run_name="replay with {guide_id} of {run}")
-def replay(run: Run, guide_id: str) -> CheckpointRef:
+def replay(run: Run, guide_id: str, force: bool = False) -> CheckpointRef:
     """Rolls back to the start of the guide's window and runs it again, with the guide's trajectories mixed in.
 
     Args:
         run: URI of the run, STORE/NAME.
         guide_id: Guide to mix in; `npo show` lists them.
+        force: Compute again what is committed, beside it, and fail if it comes out otherwise; nothing is replaced.
     """
+    if force:
+        require_replayed(run, guide_id)
     decision = record_schedule(run, guide_id)
     leg = open_leg(run, "replay", decision.parent, guide_id)
-    return train(run, leg, decision.stop)
+    return checked(run, force, lambda: train(run, leg, decision.stop))
 
 
 @flow(name="main", flow_run_name="main to {stop} of {run}")
-def main(run: Run, stop: Count) -> CheckpointRef:
+def main(run: Run, stop: Count, force: bool = False) -> CheckpointRef:
     """Goes on with the main line, on-policy, until step `stop`; nothing is done if it has come that far.
 
     Under AutoNPO it comes less far where the monitor decides to roll back: then `intervene` is next.
@@ -94,16 +105,13 @@ def main(run: Run, stop: Count) -> CheckpointRef:
     Args:
         run: URI of the run, STORE/NAME.
         stop: Step of the main line to train until.
+        force: Compute again what is committed, beside it, and fail if it comes out otherwise; nothing is replaced.
     """
-    step, tip = main_line_step(run)
-    require_finished(run, tip, step)
-    if step >= stop:
-        return main_line_checkpoint(run, step)
-    leg = tip if tip.kind == "main" else open_leg(run, "main", main_line_checkpoint(run, step))
-    if workspace(run).config.algorithm.method != "autonpo":
-        return train(run, leg, stop)
-    # What was trained beyond a step has been decided there.
-    return train(run, leg, stop, lambda at: at >= step and watch(run, leg, at).intervene)
+    made = go_on(run, stop)
+    if force:
+        require_trained_by(run, made, "main")
+        do_again(run, made, lambda: go_on(run, stop))
+    return made
 
 
 @flow(name="monitor", flow_run_name="monitor {run}")
@@ -134,14 +142,16 @@ def intervene(run: Run) -> CheckpointRef | None:
 
 
 @flow(name="evaluate", flow_run_name="evaluate {run}")
-def evaluate(run: Run, step: Step | None = None) -> EvalManifest:
+def evaluate(run: Run, step: Step | None = None, force: bool = False) -> EvalManifest:
     """Evaluates the main line's policy at `step`, by default its tip.
 
     Args:
         run: URI of the run, STORE/NAME.
         step: Step of the main line; its tip by default.
+        force: Compute again what is committed, beside it, and fail if it comes out otherwise; nothing is replaced.
     """
-    return evaluate_policy(run, main_line_checkpoint(run, main_line_step(run)[0] if step is None else step))
+    checkpoint = main_line_checkpoint(run, main_line_step(run)[0] if step is None else step)
+    return checked(run, force, lambda: evaluate_policy(run, checkpoint))
 
 
 @flow(name="signal", flow_run_name="signal of {run}")
@@ -151,6 +161,7 @@ def signal(
     lookaheads: tuple[Count, ...] = (),
     prompts: Count = 128,
     samples: Count = 8,
+    force: bool = False,
 ) -> SignalManifest:
     """Measures Q(Δ), V(Δ) and S(Δ) on the main line's checkpoints, by default at its start and in its middle.
 
@@ -160,8 +171,9 @@ def signal(
         lookaheads: Distances Δ, in steps; by default eight.
         prompts: Training prompts drawn at each step.
         samples: Answers a prompt and policy.
+        force: Compute again what is committed, beside it, and fail if it comes out otherwise; nothing is replaced.
     """
-    return measure_signal(run, steps, lookaheads, prompts, samples)
+    return checked(run, force, lambda: measure_signal(run, steps, lookaheads, prompts, samples))
 
 
 @flow(name="report", flow_run_name="report of {run}")
@@ -172,6 +184,14 @@ def report(run: Run) -> str:
         run: URI of the run, STORE/NAME.
     """
     return publish_report(run)
+
+
+def checked(run: str, force: bool, stage: Callable[[], MadeT]) -> MadeT:
+    """What a stage makes. With `force` it is made again beside what is committed, and must come out the same."""
+    made = stage()
+    if force:
+        do_again(run, made, stage)
+    return made
 
 
 def train(run: str, leg: LegRecord, stop: int, ends_at: Callable[[int], bool] = lambda step: False) -> CheckpointRef:
@@ -193,6 +213,19 @@ def train(run: str, leg: LegRecord, stop: int, ends_at: Callable[[int], bool] = 
                 accuracy = {"accuracy": evaluate_policy(run, segment.checkpoint).accuracy}
             bar(step - leg.start, accuracy)
     return leg_checkpoint(run, leg, step)
+
+
+def go_on(run: str, stop: int) -> CheckpointRef:
+    """Trains the main line until `stop`, or until the monitor decides to roll back."""
+    step, tip = main_line_step(run)
+    require_finished(run, tip, step)
+    if step >= stop:
+        return main_line_checkpoint(run, step)
+    leg = tip if tip.kind == "main" else open_leg(run, "main", main_line_checkpoint(run, step))
+    if workspace(run).config.algorithm.method != "autonpo":
+        return train(run, leg, stop)
+    # What was trained beyond a step has been decided there.
+    return train(run, leg, stop, lambda at: at >= step and watch(run, leg, at).intervene)
 
 
 def watch(run: str, leg: LegRecord, step: int) -> DecisionRecord:

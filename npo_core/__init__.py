@@ -11,8 +11,9 @@ What lies where:
 - guides: guide, guide_sources
 - data and answers: prompts, testbed
 - a run and its tree of legs: begin, workspace, artifacts, run_files, legs, checkpoints, lineage, faults
-- the store: store, objects, s3, parquet, rows
-- what is checked and swept: verify, verify_removals, findings, gc, debris, inventory, retention, tombstones, leases
+- the store: store, objects, s3, parquet, rows, overlay
+- what is checked: redo, verify, verify_removals, findings
+- what is swept: gc, debris, inventory, retention, tombstones, leases
 - what is read and shown: views, trajectories, data_files, compare, export, report, trackers
 - interfaces between all of these, and the configuration's file: interfaces, config_file
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import platform
 import tempfile
@@ -70,6 +71,13 @@ class Workspace:
         if config.run.single_writer:
             run.store.declare_single_writer()
         return cls(config, run, record)
+
+    def over(self, run: RunArtifacts) -> Workspace:
+        """This workspace over other artifacts of the run, with the same engine; trackers hear nothing of it."""
+        twin = copy.copy(self)
+        twin.run = run
+        twin.config = self.config.model_copy(update={"run": self.config.run.model_copy(update={"trackers": ()})})
+        return twin
 
     @property
     def scratch(self) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefect import task
 
-from npo_core.interfaces import NearFutureError
+from npo_core.interfaces import ConfigurationError, NearFutureError
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, LegKind, LegRecord, SegmentManifest
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
@@ -170,6 +170,38 @@ def require_finished(run: str, tip: LegRecord, step: int) -> None:
         raise NearFutureError(
             f"the replay leg {tip.leg_id} has come to step {step} of its window's end at {stop}; "
             f"`npo stage replay {run} --guide {tip.guide_id}` finishes it"
+        )
+
+
+def require_trained_by(run: str, checkpoint: CheckpointRef, kind: LegKind) -> None:
+    """Raises if another kind of leg trained a checkpoint: its own stage does that again.
+
+    Raises:
+        ConfigurationError: it did; names the stage.
+    """
+    leg = workspace(run).run.leg(checkpoint.leg_id)
+    if leg.kind != kind:
+        guide = f" --guide {leg.guide_id}" if leg.guide_id else ""
+        stage = {"warm": "warm-start"}.get(leg.kind, leg.kind)
+        raise ConfigurationError(
+            f"the main line at step {checkpoint.step} is a {leg.kind} leg's, not a {kind} leg's; `npo stage {stage} "
+            f"{run}{guide} --force` computes it again"
+        )
+
+
+def require_replayed(run: str, guide_id: str) -> None:
+    """Raises unless the main line holds the replay with this guide: the stage would leave the main line for it.
+
+    Raises:
+        ConfigurationError: it does not hold it.
+    """
+    from npo_core.lineage import main_line
+
+    artifacts = workspace(run).run
+    if guide_id not in {stretch.leg.guide_id for stretch in main_line(artifacts.legs(), artifacts.head())}:
+        raise ConfigurationError(
+            f"the main line of {run} holds no replay with guide {guide_id}, and to force one would roll it back; run "
+            "the stage without force if it should"
         )
 
 

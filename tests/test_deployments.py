@@ -39,7 +39,9 @@ def state_of(client: Any) -> dict[str, Any]:
         "pools": {p.id: p.model_dump(exclude=volatile) for p in client.read_work_pools()},
         "queues": sorted((q.name, q.concurrency_limit) for q in client.read_work_queues(work_pool_name="npo-process")),
         # A deploy makes the automations of its triggers anew.
-        "automations": sorted(a.model_dump_json(exclude={"id": True, "trigger": {"id"}}) for a in client.read_automations()),
+        "automations": {
+            a.name: a.model_dump(exclude={"id": True, "trigger": {"id"}}) for a in client.read_automations()
+        },
     }
 
 

@@ -74,7 +74,8 @@ def intervene(run: Run, by: Literal["person", "flow", "event", "watchdog"] = "pe
     if by != config.autonpo.executes:
         ask(run, waits, by)
         return None
-    reached = carry_out(run, settle(run, waits))
+    # A second event about one warning would start a flow run for nothing.
+    reached = carry_out(run, settle(run, waits, told=by != "flow"))
     return reached if by == "flow" else main(run, config.run.total_steps)
 
 

@@ -56,10 +56,15 @@ def waiting(run: str) -> DecisionRecord | None:
     return tip.waiting(opened.run, opened.config)
 
 
-def settle(run: str, seen: DecisionRecord) -> DecisionRecord:
-    """The decision about what AutoNPO saw; it is made if that is a warning. Prefect hears of both."""
+def settle(run: str, seen: DecisionRecord, told: bool = False) -> DecisionRecord:
+    """The decision about what AutoNPO saw; it is made if that is a warning. Prefect hears of both.
+
+    Args:
+        told: it has heard of the warning already.
+    """
     if seen.code is DecisionCode.WARNING:
-        announce(run, seen)
+        if not told:
+            announce(run, seen)
         seen = confirm(run, seen)
     if seen.code is not None and seen.code.warned:
         publish_decision(run, seen)

@@ -56,20 +56,28 @@ def run(
 
         summary = {"grpo": grpo, "npo": npo, "autonpo": autonpo}[loaded.algorithm.method](loaded)
     before, after = summary.before, summary.after
-    tasks = {
-        task: {"before": before.tasks[task].accuracy, "after": score.accuracy} for task, score in after.tasks.items()
-    }
+    scores = {} if after is None else after.tasks
+    tasks = {task: {"before": before.tasks[task].accuracy, "after": score.accuracy} for task, score in scores.items()}
+    if after is None:
+        shown = (
+            f"{summary.run}: AutoNPO warned at step {summary.head_step}, and the run waits for "
+            f"{loaded.autonpo.executes} to act (autonpo.executes); the same command then goes on"
+        )
+    else:
+        shown = (
+            f"{summary.run}: {summary.head_step} steps, "
+            f"held-out accuracy {before.accuracy:.3f} → {after.accuracy:.3f}\nreport: {summary.report}"
+        )
     emit(
         json,
         {
             "run": summary.run,
             "status": summary.status,
             "head_step": summary.head_step,
-            "eval": {"before": before.accuracy, "after": after.accuracy, "tasks": tasks},
+            "eval": {"before": before.accuracy, "after": after and after.accuracy, "tasks": tasks},
             "report": summary.report,
         },
-        f"{summary.run}: {summary.head_step} steps, held-out accuracy {before.accuracy:.3f} → {after.accuracy:.3f}\n"
-        f"report: {summary.report}",
+        shown,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -15,6 +15,9 @@ from flows.local_server import prefect_api
 from npo_core.interfaces import ConfigurationError
 from schemas.decisions import DecisionRecord
 from schemas.records import CheckpointRef, EvalManifest, GuideManifest
+
+if TYPE_CHECKING:  # it imports Prefect
+    from flows.monitoring import Tick
 
 app = typer.Typer(
     help="Runs one stage of an existing run; committed work is found, not done again.", no_args_is_help=True
@@ -33,7 +36,7 @@ def stage(name: str, run: str, json: bool, **options: Any) -> None:
 
     uri = open_run(run).uri
     with prefect_api():
-        from flows import stages
+        from flows import monitoring, stages
 
         flow: Any = {
             "warm-start": stages.warm_start,
@@ -41,8 +44,9 @@ def stage(name: str, run: str, json: bool, **options: Any) -> None:
             "guide": stages.guide,
             "replay": stages.replay,
             "main": stages.main,
-            "monitor": stages.monitor,
-            "intervene": stages.intervene,
+            "monitor": monitoring.monitor,
+            "intervene": monitoring.intervene,
+            "watchdog": monitoring.watchdog,
             "evaluate": stages.evaluate,
             "report": stages.report,
         }[name]
@@ -51,7 +55,7 @@ def stage(name: str, run: str, json: bool, **options: Any) -> None:
     emit(json, {"stage": name, "artifacts": artifacts}, f"{name}: {_in_words(made)}")
 
 
-def _in_words(made: str | CheckpointRef | GuideManifest | EvalManifest | DecisionRecord | None) -> str:
+def _in_words(made: str | CheckpointRef | GuideManifest | EvalManifest | DecisionRecord | Tick | None) -> str:
     match made:
         case None:
             return "no decision to roll back waits"
@@ -64,7 +68,9 @@ def _in_words(made: str | CheckpointRef | GuideManifest | EvalManifest | Decisio
             return f"guide {made.guide_id} solves {made.solved} of {made.asked} prompts of {window}"
         case EvalManifest():
             return f"accuracy {made.accuracy:.3f} of leg {made.checkpoint.leg_id} at step {made.checkpoint.step}"
-    return made
+        case str():
+            return made
+    return f"{made.outcome} at step {made.step}: {made.reason}"
 
 
 def _signal_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -213,6 +219,18 @@ def intervene(run: Run, json: Json = False) -> None:
       npo stage intervene runs/demo
     """
     stage("intervene", run, json)
+
+
+@app.command()
+def watchdog(run: Run, json: Json = False) -> None:
+    """Looks once, without a model, whether an AutoNPO run waits at a warning; starts the deployment of `intervene` on
+    the Prefect server if `autonpo.executes` is watchdog, and files a request otherwise.
+
+    Example:
+
+      npo stage watchdog runs/demo
+    """
+    stage("watchdog", run, json)
 
 
 @app.command()

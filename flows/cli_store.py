@@ -76,7 +76,7 @@ def gc(
 
     Whatever the run may still train on, roll back to, replay or evaluate stays; so do rollouts, metrics, guides,
     evaluations and decisions. It may run while the run does. Options left out are those of the section `retention`
-    that the run began with.
+    that the run was last opened with.
 
     Examples:
 

@@ -152,6 +152,8 @@ def explain(
 ) -> None:
     """Explains every decision of AutoNPO: what it read after each segment, and why it rolled back or did not.
 
+    Below that, who asked for an intervention that another was to make.
+
     With other settings: up to the first decision that would have been another one. On a run of another method: what
     AutoNPO would have made of it.
 
@@ -170,7 +172,13 @@ def explain(
     rows = explain(opened.run, then.autonpo, now.autonpo)
     cells = ([p.steps, p.clock, p.code, p.reason] for p in periods(rows))
     shown = table(("step", "trained steps", "decision", "why"), cells, f"AutoNPO on {opened.run.uri}")
-    emit(json, {"decisions": rows}, shown if rows else Text("no committed segment yet"))
+    requests = opened.run.requests()
+    asked = [f"request of {r.by} at step {r.step} of leg {r.leg_id}: {r.reason}" for r in requests]
+    emit(
+        json,
+        {"decisions": rows, "requests": [request.model_dump(mode="json") for request in requests]},
+        Group(shown, Text("\n".join(asked))) if rows else Text("no committed segment yet"),
+    )
 
 
 def verify(run: Run, json: Json = False) -> None:

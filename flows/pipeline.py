@@ -5,14 +5,17 @@ Each gives its stages the tags of its deployment, by which a server finds those 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from prefect import flow, tags
 from prefect.runtime import flow_run
 from pydantic import BaseModel
 
-from flows import stages
+from flows import monitoring, stages
 from schemas.config import Config
 from schemas.records import EvalManifest
 from tasks.legs import main_line_checkpoint, main_line_step
+from tasks.monitor import ask, waiting
 from tasks.policies import evaluate_policy
 from tasks.reports import publish_report
 from tasks.workspaces import begin_run
@@ -23,12 +26,15 @@ class Summary(BaseModel):
 
     run: str
     """URI of the run."""
-    status: str = "done"
+    status: Literal["done", "waiting"] = "done"
+    """`waiting`: AutoNPO warned, and whoever `autonpo.executes` names has to act; the same call then goes on, or finds
+    the run done."""
     head_step: int
     before: EvalManifest
-    after: EvalManifest
-    report: str
-    """Address of the report."""
+    after: EvalManifest | None = None
+    """Of the end of the main line; None while the run waits."""
+    report: str | None = None
+    """Address of the report; None while the run waits."""
 
 
 @flow(name="grpo", flow_run_name="grpo {config.run.name}")
@@ -68,7 +74,7 @@ def npo(config: Config) -> Summary:
 @flow(name="autonpo", flow_run_name="autonpo {config.run.name}")
 def autonpo(config: Config) -> Summary:
     """Trains on-policy until the monitor decides to roll back, replays with today's policy as guide, and goes on
-    (paper, section 3.3).
+    (paper, section 3.3). Where `autonpo.executes` names another flow, it ends at a warning, and waits.
 
     Args:
         config: The whole configuration, as in deploy/configs; what is left out has its default.
@@ -76,10 +82,16 @@ def autonpo(config: Config) -> Summary:
     with tags(*flow_run.tags):
         run = begin_run(config)
         stages.warm_start(run)
-        stages.intervene(run)  # what a killed process had begun
-        while stages.main(run, config.run.total_steps).step < config.run.total_steps:
-            stages.intervene(run)
-        return finish(run)
+        while True:
+            waits = waiting(run)  # perhaps for what a killed process had begun
+            if waits is not None and config.autonpo.executes != "flow":
+                ask(run, waits, "flow")
+                step, before = main_line_step(run)[0], evaluate_policy(run, main_line_checkpoint(run, 0))
+                return Summary(run=run, status="waiting", head_step=step, before=before)
+            if waits is not None:
+                monitoring.intervene(run, "flow")
+            elif stages.main(run, config.run.total_steps).step >= config.run.total_steps:
+                return finish(run)
 
 
 def finish(run: str) -> Summary:

@@ -1,4 +1,5 @@
-"""One flow a stage. Each finds what is committed, does what is missing, and can be scheduled and run again alone."""
+"""One flow a stage. Each finds what is committed, does what is missing, and can be scheduled and run again alone.
+AutoNPO's are in `flows.monitoring`."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ from prefect import flow
 from pydantic import Field
 
 from npo_core.progress import progress_bar
-from schemas.decisions import DecisionCode, DecisionRecord
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord, SignalManifest
 from tasks.again import do_again
 from tasks.decisions import record_schedule
@@ -24,7 +24,7 @@ from tasks.legs import (
     scout_is_done,
     train_segment,
 )
-from tasks.monitor import announce, confirm, look, pending_rollback
+from tasks.monitor import watch
 from tasks.policies import commit_warm_start, evaluate_policy, has_weights, make_guide
 from tasks.reports import publish_report
 from tasks.signals import measure_signal
@@ -100,7 +100,8 @@ def replay(run: Run, guide_id: str, force: bool = False) -> CheckpointRef:
 def main(run: Run, stop: Count, force: bool = False) -> CheckpointRef:
     """Goes on with the main line, on-policy, until step `stop`; nothing is done if it has come that far.
 
-    Under AutoNPO it comes less far where the monitor decides to roll back: then `intervene` is next.
+    Under AutoNPO it comes less far where the monitor decides to roll back, or, where `autonpo.executes` names another
+    flow, warns: then `intervene` is next.
 
     Args:
         run: URI of the run, STORE/NAME.
@@ -112,33 +113,6 @@ def main(run: Run, stop: Count, force: bool = False) -> CheckpointRef:
         require_trained_by(run, made, "main")
         do_again(run, made, lambda: go_on(run, stop))
     return made
-
-
-@flow(name="monitor", flow_run_name="monitor {run}")
-def monitor(run: Run) -> DecisionRecord:
-    """Decides whether the main line rolls back from where it stands, and says why.
-
-    Args:
-        run: URI of the run, STORE/NAME.
-    """
-    step, tip = main_line_step(run)
-    return watch(run, tip, step)
-
-
-@flow(name="intervene", flow_run_name="intervene {run}")
-def intervene(run: Run) -> CheckpointRef | None:
-    """Carries out the decision to roll back that the main line waits for: today's policy answers the mistakes, training
-    rolls back, and replays to where it was. None if there is no such decision.
-
-    Args:
-        run: URI of the run, STORE/NAME.
-    """
-    rollback = pending_rollback(run)
-    if rollback is None:
-        return None
-    guide = make_guide(run, rollback.guide, rollback.parent.step, rollback.stop, rollback.prompts)
-    leg = open_leg(run, "replay", rollback.parent, guide.guide_id)
-    return train(run, leg, rollback.stop)
 
 
 @flow(name="evaluate", flow_run_name="evaluate {run}")
@@ -225,14 +199,4 @@ def go_on(run: str, stop: int) -> CheckpointRef:
     if workspace(run).config.algorithm.method != "autonpo":
         return train(run, leg, stop)
     # What was trained beyond a step has been decided there.
-    return train(run, leg, stop, lambda at: at >= step and watch(run, leg, at).intervene)
-
-
-def watch(run: str, leg: LegRecord, step: int) -> DecisionRecord:
-    """AutoNPO's decision about a leg at a step; Prefect hears of every warning."""
-    decision = look(run, leg, step)
-    if decision.code is DecisionCode.WARNING:
-        decision = confirm(run, decision)
-    if decision.code is not None and decision.code.warned:
-        announce(run, decision)
-    return decision
+    return train(run, leg, stop, lambda at: at >= step and watch(run, leg, at))

@@ -6,11 +6,11 @@ completion, L tokens of a prompt, N tokens of a flat chunk, H hidden size, V voc
 What lies where:
 
 - the mathematics (numbers in, numbers out): advantages, losses, logprobs, mixing, groups, padding, streams, coverage
-- AutoNPO: monitor, probe, signal, controller, confirm, explain, signal_study
+- AutoNPO: monitor, tip, probe, signal, controller, confirm, explain, signal_study
 - one segment and its engine: segment, engine, policy, generate, learner, evaluate, memory, progress
 - guides: guide, guide_sources
 - data and answers: prompts, testbed
-- a run and its tree of legs: begin, workspace, artifacts, run_files, legs, checkpoints, lineage, faults
+- a run and its tree of legs: begin, workspace, run_config, artifacts, run_files, legs, checkpoints, lineage, faults
 - the store: store, objects, s3, parquet, rows, overlay
 - what is checked: redo, verify, verify_removals, findings
 - what is swept: gc, debris, inventory, retention, tombstones, leases

@@ -11,13 +11,13 @@ import pyarrow as pa
 from npo_core import lineage, parquet
 from npo_core.checkpoints import Checkpoints
 from npo_core.faults import fault_point
-from npo_core.interfaces import ConfigurationError, NearFutureError, Store
+from npo_core.interfaces import ConfigurationError, NearFutureError, RecordT, Store
 from npo_core.legs import Legs
 from npo_core.run_files import Environment, origin
 from npo_core.store import StoreError, open_store, safe_url
 from npo_core.tombstones import removals
 from schemas import layout
-from schemas.decisions import DecisionRecord
+from schemas.decisions import DecisionRecord, Request
 from schemas.digest import canonical_json
 from schemas.records import (
     CheckpointManifest,
@@ -276,8 +276,7 @@ class RunArtifacts(Checkpoints, Legs):
 
     def decisions(self) -> list[DecisionRecord]:
         """All decisions, by creation."""
-        found = (self.store.read(f"{layout.DECISIONS}/{name}", DecisionRecord) for name in self._decision_files())
-        return sorted((d for d in found if d is not None), key=lambda d: (d.created_at, d.step))
+        return sorted(self._records(layout.DECISIONS, DecisionRecord), key=lambda d: (d.created_at, d.step))
 
     def commit_decision(self, decision: DecisionRecord) -> DecisionRecord:
         """Commits a decision, or returns the one about the same leg and step."""
@@ -285,14 +284,24 @@ class RunArtifacts(Checkpoints, Legs):
         fault_point("decision-record")
         return committed
 
+    def requests(self) -> list[Request]:
+        """All requests for an intervention, by creation."""
+        return sorted(self._records(layout.REQUESTS, Request), key=lambda r: (r.created_at, r.step))
+
+    def file_request(self, request: Request) -> Request:
+        """Files a request, or returns the one that the same asker filed about the same leg and step."""
+        return self.store.create(layout.request(request.leg_id, request.step, request.by), request)
+
     def _read_prompts(self) -> pa.Table:
         data = self.store.read_bytes(layout.PROMPTS)
         if data is None:
             raise StoreError(f"{self.uri}/{layout.PROMPTS} is missing; restore it from a copy")
         return parquet.decode(data, parquet.SCHEMAS["prompts"], f"{self.uri}/{layout.PROMPTS}")
 
-    def _decision_files(self) -> list[str]:
-        return [name for name in self.store.list(layout.DECISIONS) if name.endswith(".json")]
+    def _records(self, folder: str, kind: type[RecordT]) -> list[RecordT]:
+        names = [name for name in self.store.list(folder) if name.endswith(".json")]
+        found = (self.store.read(f"{folder}/{name}", kind) for name in names)
+        return [record for record in found if record is not None]
 
 
 def prompts_digest(table: pa.Table) -> str:

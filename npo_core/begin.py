@@ -17,6 +17,7 @@ from npo_core import testbed
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, prompts_digest
 from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt
 from npo_core.prompts import encode, load_source, load_verifier, to_arrow
+from npo_core.run_config import keep_config
 from npo_core.store import open_store
 from npo_core.workspace import Workspace, environment, new_leg, now
 from schemas.config import Config
@@ -42,6 +43,7 @@ def begin(config: Config) -> Workspace:
         with tempfile.TemporaryDirectory(prefix="near-future-") as scratch:
             record = _freeze(config, run, Path(scratch))
     _require_same_recipe(run, record, config)
+    keep_config(run, record, config)
     return Workspace(config, run, record)
 
 

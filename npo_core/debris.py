@@ -30,16 +30,20 @@ _ARTIFACT = (
     rf"(?:{_LEG}/segments/\d{{6,}}-\d{{6,}}|{_LEG}/checkpoints/\d{{6,}}|{layout.MODEL}"
     rf"|(?:{layout.GUIDES}|{layout.EVALS}|{layout.SIGNALS})/{_ID})"
 )
-_PLAIN = rf"(?:{_LEG}|{layout.DECISIONS}|{layout.REPORTS}|{layout.TOMBSTONES}|{layout.LEASES})"
+_PLAIN = rf"(?:{_LEG}|{layout.DECISIONS}|{layout.REQUESTS}|{layout.REPORTS}|{layout.TOMBSTONES}|{layout.LEASES})"
 _HASHED = r"[^/.][^/]*-[0-9a-f]{16}\.[A-Za-z0-9]+"
 
 _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     (
         "record",
-        re.compile(rf"{re.escape(layout.RUN)}|{re.escape(layout.PROMPTS)}|\.?{re.escape(layout.HEAD)}(?:\.lock)?"),
+        re.compile(
+            rf"{re.escape(layout.RUN)}|{re.escape(layout.PROMPTS)}"
+            rf"|\.?(?:{re.escape(layout.HEAD)}|{re.escape(layout.CONFIG)})(?:\.lock)?"
+        ),
     ),
     ("record", re.compile(rf"{_LEG}/leg\.json|{_ARTIFACT}/{re.escape(layout.MANIFEST)}")),
     ("record", re.compile(rf"{layout.DECISIONS}/{_ID}-\d{{6,}}(?:-{_ID})?\.json")),
+    ("record", re.compile(rf"{layout.REQUESTS}/{_ID}-\d{{6,}}-[a-z]+\.json")),
     ("record", re.compile(rf"{layout.TOMBSTONES}/\d{{8}}T\d{{6}}-[0-9a-f]{{32}}\.json")),
     ("lease", re.compile(rf"{layout.LEASES}/(?:[0-9a-f]{{32}}\.json|\.[0-9a-f]{{32}}\.json\.lock)")),
     ("temporary", re.compile(rf"(?:(?:{_ARTIFACT}|{_PLAIN})/)?\.[^/]+\.[0-9a-f]{{16}}\.tmp")),

@@ -17,7 +17,7 @@ from npo_core.legs import segment_digest
 from npo_core.prompts import PromptTable
 from npo_core.verify_removals import check_removals
 from schemas import layout
-from schemas.decisions import DecisionRecord
+from schemas.decisions import DecisionRecord, Request
 from schemas.records import (
     CheckpointManifest,
     CheckpointRef,
@@ -96,11 +96,16 @@ class _Verification:
             self._check_evaluation(name)
         for name in names(layout.SIGNALS):
             self._check_signal(name)
-        for name in names(layout.DECISIONS):
-            key = f"{layout.DECISIONS}/{name}"
-            decision = self.findings.read(key, DecisionRecord)
-            if decision is not None:
-                self.expect(decision.leg_id in self.legs, key, f"is about leg {decision.leg_id}, which is missing")
+        about: tuple[tuple[str, type[DecisionRecord | Request]], ...] = (
+            (layout.DECISIONS, DecisionRecord),
+            (layout.REQUESTS, Request),
+        )
+        for folder, kind in about:
+            for name in names(folder):
+                key = f"{folder}/{name}"
+                record = self.findings.read(key, kind)
+                if record is not None:
+                    self.expect(record.leg_id in self.legs, key, f"is about leg {record.leg_id}, which is missing")
 
     def _check_run(self) -> None:
         problem = f"the run's verifier is {self.record.verifier}, this installation has {self.verifier.name}"

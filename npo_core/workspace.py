@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from pydantic import ValidationError
 
 from npo_core import lineage
 from npo_core.artifacts import RunArtifacts
@@ -26,8 +25,9 @@ from npo_core.interfaces import LocalCheckpoint, NearFutureError, Prompt
 from npo_core.policy import Policy, choose_device, device_name
 from npo_core.prompts import PromptTable, encode, load_verifier
 from npo_core.rows import EVERY_ROW, Where, read_rows
+from npo_core.run_config import configure
 from npo_core.segment import LegContext
-from schemas import layout, tables
+from schemas import tables
 from schemas.config import Config
 from schemas.decisions import MonitorState
 from schemas.records import CheckpointRef, GuideManifest, LegKind, LegRecord, RunRecord
@@ -53,24 +53,13 @@ class Workspace:
 
     @classmethod
     def of(cls, run: RunArtifacts) -> Workspace:
-        """The run with the configuration that it began with.
+        """The run with the configuration that it was last opened with.
 
         Raises:
-            NearFutureError: there is no such run, or its record holds no configuration of this version.
+            NearFutureError: there is no such run, or it holds no configuration of this version.
         """
         record = run.record()
-        try:
-            config = Config.model_validate(record.config)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            raise NearFutureError(
-                f"{run.uri}/{layout.RUN} holds no configuration that this version reads "
-                f"({'.'.join(map(str, fault['loc']))}: {fault['msg']}); restore it from a copy, or use the version "
-                "that began the run"
-            ) from error
-        if config.run.single_writer:
-            run.store.declare_single_writer()
-        return cls(config, run, record)
+        return cls(configure(run), run, record)
 
     def over(self, run: RunArtifacts) -> Workspace:
         """This workspace over other artifacts of the run, with the same engine; trackers hear nothing of it."""

@@ -205,8 +205,10 @@ NOT_RECIPE = {
         "chunk_vocab",
         "gradient_checkpointing",
     ),
+    "autonpo": ("executes",),
 }
-"""How the work is cut to fit a machine: changes results by rounding only, and may have to change in mid-run."""
+"""How the work is cut to fit a machine, which changes results by rounding only and may have to change in mid-run; and
+who acts, which changes none."""
 
 
 class Config(Section):

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
+from schemas.future import Executor
 from schemas.records import CheckpointRef, Record
 
 
@@ -144,3 +145,18 @@ class DecisionRecord(Record):
     tokens_probe: int = Field(0, ge=0)
     """Completion tokens that the probe sampled."""
     created_at: str
+
+
+class Request(Record):
+    """`requests/…json`: one of the ways to see a warning asks whoever executes for an intervention."""
+
+    leg_id: str
+    """Leg that warns, or waits for a rollback that was decided."""
+    step: int = Field(ge=0)
+    """Its step."""
+    by: Executor
+    """Who asks."""
+    reason: str
+    """In words: the warning's, or the decision's."""
+    created_at: str
+    """UTC, ISO 8601."""

@@ -87,6 +87,7 @@ Everything of a run lies under `STORE/RUN`. In capitals what differs; `START`, `
 
     {layout.RUN:<45}the frozen recipe, and digests of model, tokenizer and prompts
     {layout.PROMPTS:<45}the prompts
+    {layout.CONFIG:<45}the configuration last used, where it is not the first one
     {layout.HEAD:<45}which leg the main line is in
     {layout.MODEL + "/":<45}configuration and tokenizer, for every checkpoint
     {layout.leg("LEG"):<45}a leg: its kind, parent checkpoint, start and guide
@@ -96,6 +97,7 @@ Everything of a run lies under `STORE/RUN`. In capitals what differs; `START`, `
     {layout.evaluation("EVAL") + "/":<45}held-out answers of a checkpoint
     {layout.signal("SIGNAL") + "/":<45}a study of Q, V and S
     {layout.DECISIONS + "/LEG-STEP….json":<45}why training rolled back, or did not
+    {layout.REQUESTS + "/LEG-STEP-BY.json":<45}who asked for an intervention without deciding it
     {layout.TOMBSTONES + "/TIME-….json":<45}what was removed on purpose
     {layout.LEASES + "/WRITER.json":<45}who is writing
     {layout.REPORTS + "/":<45}HTML reports

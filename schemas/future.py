@@ -70,6 +70,8 @@ class FutureSection(Section):
 
 
 Variance = Literal["kl_token", "kl_sequence", "chi2"]
+Executor = Literal["flow", "event", "watchdog"]
+"""The ways to see a warning, of which one acts on it."""
 
 
 class AutoNPOSection(Section):
@@ -113,3 +115,7 @@ class AutoNPOSection(Section):
     sequence), `chi2` 1 + χ² of whole sequences, the inverse of the relative effective sample size."""
     kappa: float = Field(1.0, gt=0)
     """κ, scale of the KL in V̂. With long answers and `kl_sequence`, take about 10 / tokens an answer."""
+    executes: Executor = "flow"
+    """Who acts on a warning: `flow`, the flow that trains; `event`, the flow that the event `npo.lookahead.stagnation`
+    triggers; `watchdog`, the scheduled flow of that name. The other two only file a request. Not part of the run's
+    identity: the result is the same, and a run may change it."""

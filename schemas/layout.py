@@ -5,10 +5,12 @@ from __future__ import annotations
 RUN = "run.json"
 PROMPTS = "prompts.parquet"
 HEAD = "head.json"
+CONFIG = "config.json"
 LEGS = "legs"
 GUIDES = "guides"
 EVALS = "evals"
 DECISIONS = "decisions"
+REQUESTS = "requests"
 REPORTS = "reports"
 SIGNALS = "signals"
 TOMBSTONES = "tombstones"
@@ -62,6 +64,11 @@ def decision(leg_id: str, step: int, guide_id: str | None) -> str:
     """The decision record of (leg, step), and of the guide if there is one already."""
     suffix = "" if guide_id is None else f"-{guide_id}"
     return f"{DECISIONS}/{leg_id}-{step:06d}{suffix}.json"
+
+
+def request(leg_id: str, step: int, by: str) -> str:
+    """The request for an intervention at (leg, step), one for each way to see a warning."""
+    return f"{REQUESTS}/{leg_id}-{step:06d}-{by}.json"
 
 
 def tombstone(created_at: str, nonce: str) -> str:

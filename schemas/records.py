@@ -40,7 +40,7 @@ class RunRecord(Record):
     recipe: dict[str, Any]
     """`Config.recipe()` as it was when the run began."""
     config: dict[str, Any] = {}
-    """The whole configuration as first used: a stage that runs again takes from it what the recipe leaves out."""
+    """The whole configuration as first used. `config.json` holds a newer one."""
     model_digest: str
     """SHA-256 of the starting weights and of the model's configuration."""
     tokenizer_digest: str
@@ -54,6 +54,14 @@ class RunRecord(Record):
     four digests above: what a leg's identity depends on."""
     created_at: str
     """UTC, ISO 8601."""
+
+
+class ConfigRecord(Record):
+    """`config.json`: the configuration that the run was last opened with, where it is another one than the first. It
+    changes by compare-and-swap."""
+
+    config: dict[str, Any]
+    """The whole configuration; its recipe is the run's."""
 
 
 class Head(Record):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefect import task
 
+from npo_core import tip
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, LegKind, LegRecord, SegmentManifest
 from tasks.options import OPTIONS
@@ -131,45 +132,25 @@ def scout_is_done(run: str, leg: LegRecord, step: int) -> bool:
 
 
 def leg_checkpoint(run: str, leg: LegRecord, step: int) -> CheckpointRef:
-    """The checkpoint from which a leg goes on at `step`.
-
-    Raises:
-        NearFutureError: the leg has not come that far.
-    """
-    if step == leg.start:
-        if leg.parent is None:
-            raise NearFutureError(f"leg {leg.leg_id} has no parent to start from; run the warm-start stage")
-        return leg.parent
-    return workspace(run).run.require_checkpoint(leg.leg_id, step).ref
+    """See `npo_core.tip.leg_checkpoint`."""
+    return tip.leg_checkpoint(workspace(run).run, leg, step)
 
 
 def main_line_step(run: str) -> tuple[int, LegRecord]:
-    """How far the main line has come, and the leg that its tip is in.
-
-    Raises:
-        NearFutureError: the run has no main line yet.
-    """
-    from npo_core.lineage import line_stop, main_line
-
-    opened = workspace(run)
-    head = opened.run.head()
-    if head is None:
-        raise NearFutureError(f"{run} has no main line yet; run the warm-start stage first")
-    line = main_line(opened.run.legs(), head)
-    tip = line[-1].leg
-    return line_stop(line, {tip.leg_id: opened.run.segments(tip.leg_id)}), tip
+    """See `npo_core.tip.main_line_step`."""
+    return tip.main_line_step(workspace(run).run)
 
 
-def require_finished(run: str, tip: LegRecord, step: int) -> None:
-    """Raises if the main line's tip is a replay that has not come to the end of its guide's window.
+def require_finished(run: str, leg: LegRecord, step: int) -> None:
+    """Raises if the leg, the main line's tip, is a replay that has not come to the end of its guide's window.
 
     Raises:
         NearFutureError: it is; names the command that finishes it.
     """
-    if tip.guide_id is not None and step < (stop := workspace(run).run.require_guide(tip.guide_id).spec.stop):
+    if leg.guide_id is not None and step < (stop := workspace(run).run.require_guide(leg.guide_id).spec.stop):
         raise NearFutureError(
-            f"the replay leg {tip.leg_id} has come to step {step} of its window's end at {stop}; "
-            f"`npo stage replay {run} --guide {tip.guide_id}` finishes it"
+            f"the replay leg {leg.leg_id} has come to step {step} of its window's end at {stop}; "
+            f"`npo stage replay {run} --guide {leg.guide_id}` finishes it"
         )
 
 

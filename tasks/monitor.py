@@ -1,19 +1,22 @@
-"""AutoNPO's monitor: reads a checkpoint's state, probes if that warns, and writes the decision down before anything
-acts on it."""
+"""AutoNPO's monitor: reads a checkpoint's state; if that warns, probes and writes the decision down before anything
+acts on it, or asks whoever executes to do so."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 
-from schemas.decisions import DecisionRecord
-from schemas.records import CheckpointRef, LegRecord
-from tasks.legs import leg_checkpoint, main_line_checkpoint, main_line_step
+from npo_core import tip
+from npo_core.artifacts import open_run
+from schemas.decisions import DecisionCode, DecisionRecord, Request
+from schemas.future import Executor
+from schemas.records import LegRecord
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
 
@@ -28,32 +31,64 @@ EVENT = "npo.lookahead.stagnation"
 """Name of the Prefect event that tells of a warning."""
 
 
-def look(run: str, leg: LegRecord, step: int) -> DecisionRecord:
-    """What AutoNPO makes of a leg's checkpoint at `step`: the decision that was committed, or else what the stored
-    metrics say. No task: it changes nothing, and between two segments every millisecond counts."""
-    from npo_core.controller import check
-    from npo_core.workspace import now
+_TOLD: set[tuple[str, str, int]] = set()
+"""Of which run, leg and step this process has told Prefect."""
 
+
+def watch(run: str, leg: LegRecord, step: int) -> bool:
+    """Whether the main line stops at `step`: AutoNPO rolls back there, or somebody else has yet to decide that."""
+    seen = look(run, leg, step)
+    if seen.code is DecisionCode.WARNING and workspace(run).config.autonpo.executes != "flow":
+        ask(run, seen, "flow")
+        return True
+    return settle(run, seen).intervene
+
+
+def look(run: str, leg: LegRecord, step: int) -> DecisionRecord:
+    """See `npo_core.tip.look`. No task: it changes nothing."""
     opened = workspace(run)
-    today = leg_checkpoint(run, leg, step)
-    committed = opened.run.decision(today.leg_id, step)
-    if committed is not None:
-        return committed
-    replaying = leg.guide_id is not None and step < opened.run.require_guide(leg.guide_id).spec.stop
-    state = opened.run.monitor_state(today)
-    verdict = check(state, step, opened.run.decisions(), opened.config.autonpo, replaying)
-    numbers = dict(verdict.numbers)
-    return DecisionRecord(
-        leg_id=today.leg_id,
-        step=step,
-        intervene=False,
-        reason=verdict.reason,
-        source="autonpo",
-        code=verdict.code,
-        clock=int(numbers.pop("clock")),
-        numbers=numbers,
-        created_at=now(),
-    )
+    return tip.look(opened.run, opened.config.autonpo, leg, step)
+
+
+def waiting(run: str) -> DecisionRecord | None:
+    """See `npo_core.tip.waiting`."""
+    opened = workspace(run)
+    return tip.waiting(opened.run, opened.config)
+
+
+def settle(run: str, seen: DecisionRecord, told: bool = False) -> DecisionRecord:
+    """The decision about what AutoNPO saw; it is made if that is a warning. Prefect hears of both.
+
+    Args:
+        told: it has heard of the warning already.
+    """
+    if seen.code is DecisionCode.WARNING:
+        if not told:
+            announce(run, seen)
+        seen = confirm(run, seen)
+    if seen.code is not None and seen.code.warned:
+        publish_decision(run, seen)
+    return seen
+
+
+def ask(run: str, waits: DecisionRecord, by: Executor) -> None:
+    """Leaves what the main line waits for to whoever executes."""
+    file_request(run, waits, by)
+    if by == "flow":
+        announce(run, waits)
+
+
+@task(name="file request", **OPTIONS)
+def file_request(run: str, waits: DecisionRecord, by: Executor) -> Request:
+    """Asks for the decision about a warning, or for a rollback that was decided. Found if `by` has asked already."""
+    from npo_core.run_config import configure
+
+    # No workspace: the watchdog loads no engine, and is no writer that others should be warned of.
+    opened = open_run(run)
+    configure(opened)
+    now = datetime.now(UTC).isoformat()
+    request = Request(leg_id=waits.leg_id, step=waits.step, by=by, reason=waits.reason, created_at=now)
+    return opened.file_request(request)
 
 
 @task(name="confirm warning", task_run_name="confirm {warning.step}", **OPTIONS)
@@ -70,50 +105,29 @@ def confirm(run: str, warning: DecisionRecord) -> DecisionRecord:
     return decision
 
 
-@task(name="announce decision", **OPTIONS)
-def announce(run: str, decision: DecisionRecord) -> None:
-    """Tells Prefect of a warning and what came of it: an event for automations, an artifact for people."""
-    from npo_core.explain import markdown
-
+@task(name="announce warning", **OPTIONS)
+def announce(run: str, waits: DecisionRecord) -> None:
+    """Tells Prefect that training stagnates, once a process: the event starts whoever executes by event."""
+    about = (run, waits.leg_id, waits.step)
+    if about in _TOLD:
+        return
+    _TOLD.add(about)
     run_id = workspace(run).run.run_id
     emit_event(
         event=EVENT,
         resource={"prefect.resource.id": f"npo.run.{run_id}", "prefect.resource.name": run_id},
-        payload={
-            "run": run,
-            "leg_id": decision.leg_id,
-            "step": decision.step,
-            "intervene": decision.intervene,
-            "code": decision.code,
-            "reason": decision.reason,
-            "lookahead": decision.lookahead,
-        },
+        payload={"run": run, "leg_id": waits.leg_id, "step": waits.step, "code": waits.code, "reason": waits.reason},
     )
+
+
+@task(name="publish decision", **OPTIONS)
+def publish_decision(run: str, decision: DecisionRecord) -> None:
+    """Shows people in Prefect what came of a warning."""
+    from npo_core.explain import markdown
+
+    run_id = workspace(run).run.run_id
     key = "".join(c if c.isalnum() else "-" for c in f"decision-{run_id}-{decision.leg_id}-{decision.step}".lower())
     create_markdown_artifact(markdown(decision), key=key, description=f"AutoNPO, {run_id}, step {decision.step}")
-
-
-class Rollback(NamedTuple):
-    """What a decision to roll back says that its execution needs."""
-
-    guide: CheckpointRef
-    parent: CheckpointRef
-    stop: int
-    prompts: tuple[str, ...]
-
-
-def pending_rollback(run: str) -> Rollback | None:
-    """The rollback that the main line's tip waits for: decided, and its replay not begun, or not finished."""
-    opened = workspace(run)
-    step, tip = main_line_step(run)
-    spec = opened.run.require_guide(tip.guide_id).spec if tip.guide_id else None
-    # Within a replay it is the decision about the guide's policy that is being carried out.
-    today = spec.checkpoint if spec and step < spec.stop else main_line_checkpoint(run, step)
-    decision = opened.run.decision(today.leg_id, today.step)
-    if decision is None or decision.guide is None or decision.parent is None:
-        return None
-    prompts = tuple(mistake.prompt_id for mistake in decision.mistakes)
-    return Rollback(decision.guide, decision.parent, decision.step, prompts)
 
 
 def _decide(opened: Workspace, warning: DecisionRecord) -> DecisionRecord:

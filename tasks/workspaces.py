@@ -22,7 +22,7 @@ _LEASED: set[str] = set()
 
 
 def workspace(run: str) -> Workspace:
-    """The run at this URI, with the configuration that it began with unless `begin_run` opened it with a newer one."""
+    """The run at this URI, with the configuration that it was last opened with."""
     if run not in _OPEN:
         from npo_core.artifacts import open_run
         from npo_core.workspace import Workspace

@@ -32,6 +32,15 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
 
 
 @pytest.fixture(scope="session")
+def autonpo_run(tmp_path_factory: pytest.TempPathFactory, prefect_server: dict[str, str]) -> str:
+    """URI of a finished run of AutoNPO on the testbed that intervened twice."""
+    from tests.command import autonpo_arguments, last_json, npo
+
+    arguments = autonpo_arguments(tmp_path_factory.mktemp("autonpo"), "demo")
+    return str(last_json(npo(*arguments, "--json", env=prefect_server))["run"])
+
+
+@pytest.fixture(scope="session")
 def prefect_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Environment of the user of a server with authentication, CSRF protection and services."""
     from tests.prefect_stack import protected_server

@@ -32,15 +32,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory, prefect_server: dict[str, str]) -> str:
-    """A finished run that intervened twice."""
-    arguments = autonpo_arguments(tmp_path_factory.mktemp("autonpo"), "demo")
-    return str(last_json(npo(*arguments, "--json", env=prefect_server))["run"])
-
-
-@pytest.fixture(scope="module")
-def run(uri: str) -> RunArtifacts:
-    return open_run(uri)
+def run(autonpo_run: str) -> RunArtifacts:
+    return open_run(autonpo_run)
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +128,8 @@ def test_probes_are_paid_for(run: RunArtifacts) -> None:
     assert steps.filter("main_line").sort("step")["total_tokens"][-1] == own + guides + spent, line
 
 
-def test_every_moment_is_explained_as_it_was_decided(
-    run: RunArtifacts, uri: str, interventions: list[DecisionRecord]
-) -> None:
-    rows = explained(uri)
+def test_every_moment_is_explained_as_it_was_decided(run: RunArtifacts, interventions: list[DecisionRecord]) -> None:
+    rows = explained(run.uri)
     trained = [(leg.leg_id, segment.stop) for leg in run.legs() for segment in run.segments(leg.leg_id)]
     assert [(row["leg_id"], row["step"]) for row in rows] == trained
     acted = [(row["leg_id"], row["step"], row["lookahead"], row["reason"]) for row in rows if row["intervene"]]
@@ -157,17 +148,17 @@ def test_every_moment_is_explained_as_it_was_decided(
     ],
 )
 def test_other_settings_explain_up_to_the_first_decision_that_differs(
-    uri: str, interventions: list[DecisionRecord], override: str, says: str
+    autonpo_run: str, interventions: list[DecisionRecord], override: str, says: str
 ) -> None:
-    rows = explained(uri, override)
+    rows = explained(autonpo_run, override)
     assert [row["differs"] for row in rows] == [False] * (len(rows) - 1) + [True]
     assert (rows[-1]["leg_id"], rows[-1]["step"]) == (interventions[0].leg_id, interventions[0].step)
     assert says in rows[-1]["reason"]
     assert "what follows is unknown" in rows[-1]["reason"]
 
 
-def test_settings_of_another_section_explain_nothing(uri: str) -> None:
-    refused = npo("explain", uri, "-s", "algorithm.gate=0.3")
+def test_settings_of_another_section_explain_nothing(autonpo_run: str) -> None:
+    refused = npo("explain", autonpo_run, "-s", "algorithm.gate=0.3")
     assert refused.returncode == 2
     assert "only autonpo.… can be set" in refused.stderr
 
@@ -223,26 +214,29 @@ def listening_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
         server.wait(timeout=60)
 
 
-def test_prefect_hears_of_a_warning(
-    tmp_path: Path, prefect_server: dict[str, str], listening_server: dict[str, str]
+def test_prefect_hears_of_a_warning_before_it_is_decided_and_people_of_the_decision(
+    tmp_path: Path, listening_server: dict[str, str]
 ) -> None:
-    arguments = autonpo_arguments(tmp_path, "demo")
-    assert was_killed(npo(*arguments, env={**prefect_server, "NPO_FAULT": "decision-record"}))
-    uri = f"file://{tmp_path}/demo"
-    decision = last_json(npo("stage", "monitor", uri, "--json", env=listening_server))["artifacts"][0]
+    arguments = autonpo_arguments(tmp_path, "demo", autonpo__executes="event")
+    waits = last_json(npo(*arguments, "--json", env=listening_server))
+    assert (waits["status"], waits["head_step"], waits["eval"]["after"], waits["report"]) == ("waiting", 8, None, None)
+    (asked,) = last_json(npo("explain", waits["run"], "--json"))["requests"]
+    assert (asked["step"], asked["by"]) == (8, "flow")
 
+    def told() -> list[Any]:
+        wanted = {"filter": {"event": {"name": ["npo.lookahead.stagnation"]}}}
+        events = _post(listening_server, "events/filter", wanted)["events"]
+        return [event["payload"] | {"resource": event["resource"]["prefect.resource.id"]} for event in events]
+
+    _eventually(lambda: bool(told()))
+    assert open_run(waits["run"]).decisions() == []
+    wanted = {"run": waits["run"], "leg_id": asked["leg_id"], "step": 8, "code": "warning", "reason": asked["reason"]}
+    assert told() == [wanted | {"resource": "npo.run.demo"}]
+
+    decision = last_json(npo("stage", "monitor", waits["run"], "--json", env=listening_server))["artifacts"][0]
     key = f"decision-demo-{decision['leg_id']}-{decision['step']}"
     shown = {artifact["key"]: artifact["data"] for artifact in _post(listening_server, "artifacts/filter", {})}
     assert f"| {decision['lookahead']} **chosen** |" in shown[key]
-
-    def told() -> bool:
-        wanted = {"filter": {"event": {"name": ["npo.lookahead.stagnation"]}}}
-        events = _post(listening_server, "events/filter", wanted)["events"]
-        return [(event["payload"]["leg_id"], event["payload"]["step"]) for event in events] == [
-            (decision["leg_id"], decision["step"])
-        ]
-
-    _eventually(told)
 
 
 def _eventually(holds: Callable[[], bool], timeout_s: float = 120) -> None:

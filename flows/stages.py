@@ -8,6 +8,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
+from flows.deployed import OPTIONS
 from npo_core.progress import progress_bar
 from schemas.decisions import DecisionCode, DecisionRecord
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord, SignalManifest
@@ -33,7 +34,7 @@ Step = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-@flow(name="warm-start", flow_run_name="warm start of {run}")
+@flow(name="warm-start", flow_run_name="warm start of {run}", **OPTIONS)
 def warm_start(run: Run) -> CheckpointRef:
     """Commits the starting policy, and evaluates it.
 
@@ -45,7 +46,7 @@ def warm_start(run: Run) -> CheckpointRef:
     return checkpoint
 
 
-@flow(name="scout", flow_run_name="scout {start}+{lookahead} of {run}")
+@flow(name="scout", flow_run_name="scout {start}+{lookahead} of {run}", **OPTIONS)
 def scout(run: Run, start: Step, lookahead: Count) -> CheckpointRef:
     """The future leg: trains `lookahead` steps ahead of the main line's checkpoint at `start`, or, with
     `future.scout.patience`, until it has stopped to solve more.
@@ -59,7 +60,7 @@ def scout(run: Run, start: Step, lookahead: Count) -> CheckpointRef:
     return train(run, leg, start + lookahead, lambda step: scout_is_done(run, leg, step))
 
 
-@flow(name="guide", flow_run_name="guide {start}-{stop} of {run}")
+@flow(name="guide", flow_run_name="guide {start}-{stop} of {run}", **OPTIONS)
 def guide(run: Run, checkpoint: CheckpointRef, start: Step, stop: Count) -> GuideManifest:
     """Verified-correct trajectories of the near future at `checkpoint` for the prompts of steps [start, stop).
 
@@ -72,7 +73,7 @@ def guide(run: Run, checkpoint: CheckpointRef, start: Step, stop: Count) -> Guid
     return make_guide(run, checkpoint, start, stop)
 
 
-@flow(name="replay", flow_run_name="replay with {guide_id} of {run}")
+@flow(name="replay", flow_run_name="replay with {guide_id} of {run}", **OPTIONS)
 def replay(run: Run, guide_id: str) -> CheckpointRef:
     """Rolls back to the start of the guide's window and runs it again, with the guide's trajectories mixed in.
 
@@ -85,7 +86,7 @@ def replay(run: Run, guide_id: str) -> CheckpointRef:
     return train(run, leg, decision.stop)
 
 
-@flow(name="main", flow_run_name="main to {stop} of {run}")
+@flow(name="main", flow_run_name="main to {stop} of {run}", **OPTIONS)
 def main(run: Run, stop: Count) -> CheckpointRef:
     """Goes on with the main line, on-policy, until step `stop`; nothing is done if it has come that far.
 
@@ -106,7 +107,7 @@ def main(run: Run, stop: Count) -> CheckpointRef:
     return train(run, leg, stop, lambda at: at >= step and watch(run, leg, at).intervene)
 
 
-@flow(name="monitor", flow_run_name="monitor {run}")
+@flow(name="monitor", flow_run_name="monitor {run}", **OPTIONS)
 def monitor(run: Run) -> DecisionRecord:
     """Decides whether the main line rolls back from where it stands, and says why.
 
@@ -117,7 +118,7 @@ def monitor(run: Run) -> DecisionRecord:
     return watch(run, tip, step)
 
 
-@flow(name="intervene", flow_run_name="intervene {run}")
+@flow(name="intervene", flow_run_name="intervene {run}", **OPTIONS)
 def intervene(run: Run) -> CheckpointRef | None:
     """Carries out the decision to roll back that the main line waits for: today's policy answers the mistakes, training
     rolls back, and replays to where it was. None if there is no such decision.
@@ -133,7 +134,7 @@ def intervene(run: Run) -> CheckpointRef | None:
     return train(run, leg, rollback.stop)
 
 
-@flow(name="evaluate", flow_run_name="evaluate {run}")
+@flow(name="evaluate", flow_run_name="evaluate {run}", **OPTIONS)
 def evaluate(run: Run, step: Step | None = None) -> EvalManifest:
     """Evaluates the main line's policy at `step`, by default its tip.
 
@@ -144,7 +145,7 @@ def evaluate(run: Run, step: Step | None = None) -> EvalManifest:
     return evaluate_policy(run, main_line_checkpoint(run, main_line_step(run)[0] if step is None else step))
 
 
-@flow(name="signal", flow_run_name="signal of {run}")
+@flow(name="signal", flow_run_name="signal of {run}", **OPTIONS)
 def signal(
     run: Run,
     steps: tuple[Step, ...] = (),
@@ -164,7 +165,7 @@ def signal(
     return measure_signal(run, steps, lookaheads, prompts, samples)
 
 
-@flow(name="report", flow_run_name="report of {run}")
+@flow(name="report", flow_run_name="report of {run}", **OPTIONS)
 def report(run: Run) -> str:
     """Writes the run's report and returns its address.
 

@@ -35,8 +35,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 # A leg that lasts: each fault comes in its middle, and so does the next one.
 LONG: dict[str, Any] = {"run__total_steps": 48, "evaluation__every": 16}
 START_WITHIN_S = 180.0
-GONE_WITHIN_S = 60.0
-"""How long after a fault something of the flow run may still be there: 30 s of grace, and its end."""
+GONE_WITHIN_S = 90.0
+"""How long after a fault something of the flow run may still be there: at most 15 s until it notices and 30 s of grace,
+on a busy machine."""
 SERVER_AND_WORKER = re.compile(r"flows\.local_server|prefect server start|prefect worker start")
 
 
@@ -199,6 +200,16 @@ def test_when_it_is_cancelled_it_ends_at_once(stack: Deployed) -> None:
         stack.comes_amid_its_leg(flow_run)
         stack.cancel(flow_run)
         stack.ends_without_a_trace(flow_run, "Cancelled")
+
+
+def test_when_somebody_gives_it_a_final_state_its_process_ends(stack: Deployed) -> None:
+    from prefect.states import Failed
+
+    flow_run = stack.start()
+    with process_worker(stack.server):
+        stack.comes_amid_its_leg(flow_run)
+        stack.client.set_flow_run_state(flow_run, Failed(), force=True)
+        stack.ends_without_a_trace(flow_run, "Failed")
 
 
 def test_when_the_server_restarts_it_trains_on_to_the_end_and_its_log_is_there(

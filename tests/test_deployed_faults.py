@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -32,13 +32,18 @@ from tests.prefect_stack import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-# A leg that lasts: each fault comes in its middle, and so does the next one.
-LONG: dict[str, Any] = {"run__total_steps": 48, "evaluation__every": 16}
+STEPS = 48
+"""A leg that lasts: each fault comes in its middle, and so does the next one."""
 START_WITHIN_S = 180.0
 GONE_WITHIN_S = 90.0
 """How long after a fault something of the flow run may still be there: at most 15 s until it notices and 30 s of grace,
 on a busy machine."""
 SERVER_AND_WORKER = re.compile(r"flows\.local_server|prefect server start|prefect worker start")
+
+
+def recipe(steps: int) -> dict[str, Any]:
+    """What is not as in the small runs of other tests."""
+    return {"run__total_steps": steps, "evaluation__every": 16}
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,14 @@ class Deployed:
     client: Any
     store: str
 
-    def start(self) -> UUID:
+    def start(self, steps: int = STEPS, **job_variables: object) -> UUID:
         """A flow run, without waiting for it."""
-        _, path, *overrides = run_arguments("testbed-grpo", self.store, "demo", **LONG)
+        _, path, *overrides = run_arguments("testbed-grpo", self.store, "demo", **recipe(steps))
         config = load_config(str(ROOT / path), overrides[1::2]).model_dump(mode="json", exclude_defaults=True)
         deployment = self.client.read_deployment_by_name("grpo/default")
-        made = self.client.create_flow_run_from_deployment(deployment.id, parameters={"config": config})
+        made = self.client.create_flow_run_from_deployment(
+            deployment.id, parameters={"config": config}, job_variables=job_variables
+        )
         return made.id  # type: ignore[no-any-return]
 
     @property
@@ -115,7 +122,7 @@ class Deployed:
         run = self.run
         main = next(leg for leg in run.legs() if leg.kind == "main")
         tables = [run.table(segment, "metrics", ["step"]) for segment in run.segments(main.leg_id)]
-        assert [row["step"] for table in tables for row in table.to_pylist()] == list(range(LONG["run__total_steps"]))
+        assert [row["step"] for table in tables for row in table.to_pylist()] == list(range(STEPS))
         assert fingerprint(run) == undisturbed
         verified = npo("verify", run.uri)
         assert verified.returncode == 0, verified.stdout + verified.stderr
@@ -142,7 +149,7 @@ def dead(stack: Deployed) -> UUID:
 @pytest.fixture(scope="module")
 def undisturbed(dead: UUID, deployed: dict[str, str]) -> dict[str, Any]:
     """What the same run leaves that nobody disturbs."""
-    arguments = run_arguments("testbed-grpo", f"{deployed['NPO_STORE']}/undisturbed", "demo", **LONG)
+    arguments = run_arguments("testbed-grpo", f"{deployed['NPO_STORE']}/undisturbed", "demo", **recipe(STEPS))
     return fingerprint(open_run(last_json(npo(*arguments, "--json", env=deployed))["run"]))
 
 
@@ -187,7 +194,8 @@ def test_killed_with_its_worker_it_crashes_in_the_end_and_the_next_run_goes_on_u
 
 
 def test_when_its_worker_is_killed_it_ends_by_itself(stack: Deployed) -> None:
-    flow_run = stack.start()
+    # Otherwise its next line into the worker's pipe would end it too, by accident.
+    flow_run = stack.start(stream_output=False)
     with process_worker(stack.server) as worker:
         stack.comes_amid_its_leg(flow_run)
         worker.kill()
@@ -205,11 +213,13 @@ def test_when_it_is_cancelled_it_ends_at_once(stack: Deployed) -> None:
 def test_when_somebody_gives_it_a_final_state_its_process_ends(stack: Deployed) -> None:
     from prefect.states import Failed
 
-    flow_run = stack.start()
+    endless = replace(stack, store=f"{stack.store}-endless")
+    flow_run = endless.start(steps=2000)
     with process_worker(stack.server):
-        stack.comes_amid_its_leg(flow_run)
+        endless.comes_amid_its_leg(flow_run)
         stack.client.set_flow_run_state(flow_run, Failed(), force=True)
-        stack.ends_without_a_trace(flow_run, "Failed")
+        endless.ends_without_a_trace(flow_run, "Failed")
+    assert endless.segments() < 1000
 
 
 def test_when_the_server_restarts_it_trains_on_to_the_end_and_its_log_is_there(
@@ -231,10 +241,9 @@ def test_when_the_server_restarts_it_trains_on_to_the_end_and_its_log_is_there(
 
     stages = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run]))
     ids = {stage.id for stage in stack.client.read_flow_runs(flow_run_filter=stages)}
-    steps = LONG["run__total_steps"]
 
     def logged() -> list[str]:
         logs = stack.client.read_logs(limit=200, sort=LogSort.TIMESTAMP_DESC)
         return [log.message for log in logs if log.name == "npo" and log.flow_run_id in ids]
 
-    eventually(lambda: any(f"main 0-{steps} {steps}/{steps}" in line for line in logged()), "the last line of our log")
+    eventually(lambda: any(f"main 0-{STEPS} {STEPS}/{STEPS}" in line for line in logged()), "the last line of our log")

@@ -44,7 +44,7 @@ check: setup-dev  ## lint, types, fast tests
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not soak"
 
-test: setup-dev browser  ## everything but the long counts
+test: setup-dev browser postgres  ## everything but the long counts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -60,6 +60,11 @@ browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium chromium-driver >/dev/null; } || \
 	{ echo "the tests open reports in a real browser: install chromium and chromedriver (Debian: apt-get install chromium chromium-driver)" >&2; exit 1; }
+
+postgres:
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq postgresql >/dev/null; } || \
+	{ echo "the tests run Prefect on a real PostgreSQL: install it (Debian: apt-get install postgresql)" >&2; exit 1; }
 
 clean:  ## removes the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -82,12 +82,13 @@ class LocalServer:
     Args:
         environment: added to this process's for the server, say PREFECT_HOME.
         services: whether schedules fire and automations act, which costs a little CPU.
+        port: by default one that is free.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None, services: bool = False) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+    def __init__(
+        self, environment: Mapping[str, str] | None = None, services: bool = False, port: int | None = None
+    ) -> None:
+        self.port = port or free_port()
         self._supervisor = subprocess.Popen(
             [sys.executable, "-m", "flows.local_server", str(self.port), *([] if services else ["--no-services"])],
             stdin=subprocess.PIPE,
@@ -126,6 +127,13 @@ class LocalServer:
         if self._supervisor.stdin:
             self._supervisor.stdin.close()
         self._supervisor.wait(timeout=30)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def supervise(port: str, *options: str) -> None:

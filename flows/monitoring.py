@@ -12,6 +12,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from pydantic import BaseModel
 
+from flows.deployed import OPTIONS
 from flows.stages import Run, main, train
 from npo_core import tip
 from npo_core.artifacts import open_run
@@ -43,7 +44,7 @@ class Tick(BaseModel):
     """In words."""
 
 
-@flow(name="monitor", flow_run_name="monitor {run}")
+@flow(name="monitor", flow_run_name="monitor {run}", **OPTIONS)
 def monitor(run: Run) -> DecisionRecord:
     """Decides whether the main line rolls back from where it stands, and says why.
 
@@ -54,7 +55,7 @@ def monitor(run: Run) -> DecisionRecord:
     return settle(run, look(run, leg, step))
 
 
-@flow(name="intervene", flow_run_name="intervene {run}")
+@flow(name="intervene", flow_run_name="intervene {run}", **OPTIONS)
 def intervene(run: Run, by: Literal["person", "flow", "event", "watchdog"] = "person") -> CheckpointRef | None:
     """Carries out the rollback that the main line waits for: today's policy answers the mistakes, training rolls back,
     and replays to where it was. None if it waits for none.
@@ -79,7 +80,7 @@ def intervene(run: Run, by: Literal["person", "flow", "event", "watchdog"] = "pe
     return reached if by == "flow" else main(run, config.run.total_steps)
 
 
-@flow(name="watchdog", flow_run_name="watchdog of {run}")
+@flow(name="watchdog", flow_run_name="watchdog of {run}", **OPTIONS)
 def watchdog(run: Run) -> Tick:
     """Looks from outside whether an AutoNPO run waits at a warning, or for a rollback that nobody finished. If
     `autonpo.executes` is `watchdog` it starts the deployment of `intervene`, again where that failed; otherwise it

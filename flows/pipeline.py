@@ -12,6 +12,7 @@ from prefect.runtime import flow_run
 from pydantic import BaseModel
 
 from flows import monitoring, stages
+from flows.deployed import OPTIONS
 from schemas.config import Config
 from schemas.records import EvalManifest
 from tasks.legs import main_line_checkpoint, main_line_step
@@ -37,7 +38,7 @@ class Summary(BaseModel):
     """Address of the report; None while the run waits."""
 
 
-@flow(name="grpo", flow_run_name="grpo {config.run.name}")
+@flow(name="grpo", flow_run_name="grpo {config.run.name}", **OPTIONS)
 def grpo(config: Config) -> Summary:
     """On-policy training, without a future.
 
@@ -51,7 +52,7 @@ def grpo(config: Config) -> Summary:
         return finish(run)
 
 
-@flow(name="npo", flow_run_name="npo {config.run.name}")
+@flow(name="npo", flow_run_name="npo {config.run.name}", **OPTIONS)
 def npo(config: Config) -> Summary:
     """For each intervention: train to its start, scout ahead, let the guide answer, roll back and replay.
 
@@ -71,7 +72,7 @@ def npo(config: Config) -> Summary:
         return finish(run)
 
 
-@flow(name="autonpo", flow_run_name="autonpo {config.run.name}")
+@flow(name="autonpo", flow_run_name="autonpo {config.run.name}", **OPTIONS)
 def autonpo(config: Config) -> Summary:
     """Trains on-policy until the monitor decides to roll back, replays with today's policy as guide, and goes on
     (paper, section 3.3). Where `autonpo.executes` names another flow, it ends at a warning, and waits.

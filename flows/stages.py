@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 from prefect import flow
 from pydantic import Field
 
+from flows.deployed import OPTIONS
 from npo_core.progress import progress_bar
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord, SignalManifest
 from tasks.again import do_again
@@ -37,7 +38,7 @@ Count = Annotated[int, Field(ge=1)]
 MadeT = TypeVar("MadeT", CheckpointRef, GuideManifest, EvalManifest, SignalManifest)
 
 
-@flow(name="warm-start", flow_run_name="warm start of {run}")
+@flow(name="warm-start", flow_run_name="warm start of {run}", **OPTIONS)
 def warm_start(run: Run, force: bool = False) -> CheckpointRef:
     """Commits the starting policy, and evaluates it.
 
@@ -50,7 +51,7 @@ def warm_start(run: Run, force: bool = False) -> CheckpointRef:
     return checkpoint
 
 
-@flow(name="scout", flow_run_name="scout {start}+{lookahead} of {run}")
+@flow(name="scout", flow_run_name="scout {start}+{lookahead} of {run}", **OPTIONS)
 def scout(run: Run, start: Step, lookahead: Count, force: bool = False) -> CheckpointRef:
     """The future leg: trains `lookahead` steps ahead of the main line's checkpoint at `start`, or, with
     `future.scout.patience`, until it has stopped to solve more.
@@ -66,7 +67,7 @@ def scout(run: Run, start: Step, lookahead: Count, force: bool = False) -> Check
     return checked(run, force, lambda: train(run, leg, stop, lambda step: scout_is_done(run, leg, step)))
 
 
-@flow(name="guide", flow_run_name="guide {start}-{stop} of {run}")
+@flow(name="guide", flow_run_name="guide {start}-{stop} of {run}", **OPTIONS)
 def guide(run: Run, checkpoint: CheckpointRef, start: Step, stop: Count, force: bool = False) -> GuideManifest:
     """Verified-correct trajectories of the near future at `checkpoint` for the prompts of steps [start, stop).
 
@@ -80,7 +81,7 @@ def guide(run: Run, checkpoint: CheckpointRef, start: Step, stop: Count, force: 
     return checked(run, force, lambda: make_guide(run, checkpoint, start, stop))
 
 
-@flow(name="replay", flow_run_name="replay with {guide_id} of {run}")
+@flow(name="replay", flow_run_name="replay with {guide_id} of {run}", **OPTIONS)
 def replay(run: Run, guide_id: str, force: bool = False) -> CheckpointRef:
     """Rolls back to the start of the guide's window and runs it again, with the guide's trajectories mixed in.
 
@@ -96,7 +97,7 @@ def replay(run: Run, guide_id: str, force: bool = False) -> CheckpointRef:
     return checked(run, force, lambda: train(run, leg, decision.stop))
 
 
-@flow(name="main", flow_run_name="main to {stop} of {run}")
+@flow(name="main", flow_run_name="main to {stop} of {run}", **OPTIONS)
 def main(run: Run, stop: Count, force: bool = False) -> CheckpointRef:
     """Goes on with the main line, on-policy, until step `stop`; nothing is done if it has come that far.
 
@@ -115,7 +116,7 @@ def main(run: Run, stop: Count, force: bool = False) -> CheckpointRef:
     return made
 
 
-@flow(name="evaluate", flow_run_name="evaluate {run}")
+@flow(name="evaluate", flow_run_name="evaluate {run}", **OPTIONS)
 def evaluate(run: Run, step: Step | None = None, force: bool = False) -> EvalManifest:
     """Evaluates the main line's policy at `step`, by default its tip.
 
@@ -128,7 +129,7 @@ def evaluate(run: Run, step: Step | None = None, force: bool = False) -> EvalMan
     return checked(run, force, lambda: evaluate_policy(run, checkpoint))
 
 
-@flow(name="signal", flow_run_name="signal of {run}")
+@flow(name="signal", flow_run_name="signal of {run}", **OPTIONS)
 def signal(
     run: Run,
     steps: tuple[Step, ...] = (),
@@ -150,7 +151,7 @@ def signal(
     return checked(run, force, lambda: measure_signal(run, steps, lookaheads, prompts, samples))
 
 
-@flow(name="report", flow_run_name="report of {run}")
+@flow(name="report", flow_run_name="report of {run}", **OPTIONS)
 def report(run: Run) -> str:
     """Writes the run's report and returns its address.
 

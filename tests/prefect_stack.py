@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ from tests.command import ROOT
 
 SECRET = "somebody:good password"
 WAIT_S = 90.0
+
+
+@dataclass(frozen=True)
+class _Running:
+    server: LocalServer
+    settings: dict[str, str]
+
+
+_running: dict[str, _Running] = {}
+"""By PREFECT_HOME."""
 
 
 @contextmanager
@@ -34,26 +45,45 @@ def protected_server(folder: Path, settings: Mapping[str, str] | None = None) ->
     protected = {
         "PREFECT_SERVER_API_AUTH_STRING": SECRET,
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         # By default it may take a minute until a schedule that was just switched on plans its runs.
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",
+        **(settings or {}),
     }
-    started = LocalServer({**home, **protected, **(settings or {})}, services=True)
+    _running[home["PREFECT_HOME"]] = started = _Running(LocalServer({**home, **protected}, services=True), protected)
     try:
-        started.wait()
+        started.server.wait()
         yield {
             **home,
-            "PREFECT_API_URL": started.api_url,
+            "PREFECT_API_URL": started.server.api_url,
             "PREFECT_API_AUTH_STRING": SECRET,
             "NPO_HOME": str(ROOT),
             "NPO_STORE": f"file://{folder}/runs",
             "NPO_IMAGE": "near-future:test",
         }
     finally:
-        started.close()
+        _running.pop(home["PREFECT_HOME"]).server.close()
         left = processes_of(home["PREFECT_HOME"])
         for process in left:
             process.kill()
         assert not left, [process.cmdline() for process in left]
+
+
+@contextmanager
+def without_server(server: Mapping[str, str]) -> Iterator[None]:
+    """Within the block the server is gone, by SIGKILL; after it, it answers again on the same port, as before."""
+    home = {"PREFECT_HOME": server["PREFECT_HOME"]}
+    before = _running[home["PREFECT_HOME"]]
+    for process in processes_of(home["PREFECT_HOME"]):
+        if "server" in process.cmdline() and "start" in process.cmdline():
+            process.kill()
+    before.server.close()
+    try:
+        yield
+    finally:
+        again = LocalServer({**home, **before.settings}, services=True, port=before.server.port)
+        _running[home["PREFECT_HOME"]] = replace(before, server=again)
+        again.wait()
 
 
 def processes_of(home: str) -> list[psutil.Process]:

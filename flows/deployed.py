@@ -1,0 +1,75 @@
+"""What a flow run of a deployment does beside its work: its log reaches the server, and it ends when nobody could end
+it any more.
+
+A worker that was killed leaves its flow runs at work, and no other worker can cancel them. A run that the server holds
+for ended, say after a long silence, would work on beside the one that takes its place. Both end here by SIGTERM, which
+Prefect's engine reports as a crash; what they committed stays, and the next run goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+if TYPE_CHECKING:
+    from prefect import Flow
+    from prefect.client.schemas.objects import FlowRun, State
+
+logger = logging.getLogger("npo")
+
+LOOK_EVERY_S = 1.0
+ASK_EVERY_S = 15.0
+GRACE_S = 30.0
+"""Time to report an end, as Prefect's workers give it."""
+
+
+def attend(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Hook of every flow that begins to run; for one that a worker started."""
+    if flow_run.deployment_id is None:
+        return
+    # Prefect gives the logger PREFECT_LOGGING_EXTRA_LOGGERS its handler, but no level.
+    logger.setLevel(logging.INFO)
+    threading.Thread(target=_watch, args=(flow_run.id, os.getppid()), name="watch of the worker", daemon=True).start()
+
+
+OPTIONS: dict[str, Any] = {"on_running": [attend]}
+"""What every flow has in common."""
+
+
+def _watch(flow_run: UUID, worker: int) -> None:
+    """Ends this process once its parent, the worker, is gone or the server holds its flow run for ended."""
+    asked = time.monotonic()
+    while os.getppid() == worker:
+        if time.monotonic() > asked + ASK_EVERY_S:
+            if _has_ended(flow_run):
+                time.sleep(GRACE_S)  # it may be we who reported it, and about to leave
+                break
+            asked = time.monotonic()
+        time.sleep(LOOK_EVERY_S)
+    # With the children; the worker gave each flow run a process group of its own.
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(GRACE_S)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _has_ended(flow_run: UUID) -> bool:
+    """Whether the server says so, or does not know it any more; one that does not answer says nothing."""
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    try:
+        # Without retries: while the server is away, the worker is still looked after.
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+            state = client.read_flow_run(flow_run).state
+    except ObjectNotFound:
+        return True
+    except (httpx.HTTPError, RuntimeError):  # the latter is Prefect's for an API that cannot be reached
+        return False
+    return state is not None and state.is_final()

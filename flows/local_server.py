@@ -82,14 +82,16 @@ class LocalServer:
     Args:
         environment: added to this process's for the server, say PREFECT_HOME.
         services: whether schedules fire and automations act, which costs a little CPU.
+        ui: whether it serves Prefect's UI.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None, services: bool = False) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, services: bool = False, ui: bool = False) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        options = [option for option, on in (("--no-services", services), ("--no-ui", ui)) if not on]
         self._supervisor = subprocess.Popen(
-            [sys.executable, "-m", "flows.local_server", str(self.port), *([] if services else ["--no-services"])],
+            [sys.executable, "-m", "flows.local_server", str(self.port), *options],
             stdin=subprocess.PIPE,
             # A Ctrl-C in the terminal is not for it: the pipe decides, so that a run may still report its end.
             start_new_session=True,
@@ -130,7 +132,7 @@ class LocalServer:
 
 def supervise(port: str, *options: str) -> None:
     """Runs the server until it ends or standard input closes; then nothing of its process group is left."""
-    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--analytics-off", *options]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--analytics-off", *options]
     settings = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL"}
     server = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", port],

@@ -8,9 +8,9 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
-from npo_core.progress import progress_bar
 from schemas.decisions import DecisionCode, DecisionRecord
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord, SignalManifest
+from tasks.artifacts import publish_metrics, publish_summary, stage_progress
 from tasks.decisions import record_schedule
 from tasks.legs import (
     leg_checkpoint,
@@ -23,7 +23,7 @@ from tasks.legs import (
 )
 from tasks.monitor import announce, confirm, look, pending_rollback
 from tasks.policies import commit_warm_start, evaluate_policy, has_weights, make_guide
-from tasks.reports import publish_report
+from tasks.reports import publish_curves, publish_report
 from tasks.signals import measure_signal
 from tasks.workspaces import workspace
 
@@ -141,7 +141,9 @@ def evaluate(run: Run, step: Step | None = None) -> EvalManifest:
         run: URI of the run, STORE/NAME.
         step: Step of the main line; its tip by default.
     """
-    return evaluate_policy(run, main_line_checkpoint(run, main_line_step(run)[0] if step is None else step))
+    evaluation = evaluate_policy(run, main_line_checkpoint(run, main_line_step(run)[0] if step is None else step))
+    publish_summary(run, None, publish_curves(run))
+    return evaluation
 
 
 @flow(name="signal", flow_run_name="signal of {run}")
@@ -171,7 +173,9 @@ def report(run: Run) -> str:
     Args:
         run: URI of the run, STORE/NAME.
     """
-    return publish_report(run)
+    address = publish_report(run)
+    publish_summary(run, address, publish_curves(run))
+    return address
 
 
 def train(run: str, leg: LegRecord, stop: int, ends_at: Callable[[int], bool] = lambda step: False) -> CheckpointRef:
@@ -183,7 +187,7 @@ def train(run: str, leg: LegRecord, stop: int, ends_at: Callable[[int], bool] = 
     config = workspace(run).config
     size, every = config.run.segment_steps, config.evaluation.every
     step, accuracy = leg.start, {}
-    with progress_bar(f"{leg.kind} {leg.start}-{stop}", stop - leg.start) as bar:
+    with stage_progress(run, f"{leg.kind} {leg.start}-{stop}", stop - leg.start) as bar:
         while step < stop and not ends_at(step):
             # Boundaries lie at multiples of the segment's size, wherever the leg starts.
             segment = train_segment(run, leg, step, min(stop, (step // size + 1) * size))
@@ -192,6 +196,8 @@ def train(run: str, leg: LegRecord, stop: int, ends_at: Callable[[int], bool] = 
             if due and has_weights(run, segment.checkpoint):
                 accuracy = {"accuracy": evaluate_policy(run, segment.checkpoint).accuracy}
             bar(step - leg.start, accuracy)
+    if step > leg.start:
+        publish_metrics(run, leg)
     return leg_checkpoint(run, leg, step)
 
 

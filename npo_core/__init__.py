@@ -13,6 +13,6 @@ What lies where:
 - a run and its tree of legs: begin, workspace, artifacts, run_files, legs, checkpoints, lineage, faults
 - the store: store, objects, s3, parquet, rows
 - what is checked and swept: verify, verify_removals, findings, gc, debris, inventory, retention, tombstones, leases
-- what is read and shown: views, trajectories, data_files, compare, export, report, trackers
+- what is read and shown: views, trajectories, data_files, compare, export, report, markdown, trackers
 - interfaces between all of these, and the configuration's file: interfaces, config_file
 """

@@ -13,6 +13,7 @@ from prefect.events import emit_event
 
 from schemas.decisions import DecisionRecord
 from schemas.records import CheckpointRef, LegRecord
+from tasks.artifacts import key
 from tasks.legs import leg_checkpoint, main_line_checkpoint, main_line_step
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
@@ -89,8 +90,11 @@ def announce(run: str, decision: DecisionRecord) -> None:
             "lookahead": decision.lookahead,
         },
     )
-    key = "".join(c if c.isalnum() else "-" for c in f"decision-{run_id}-{decision.leg_id}-{decision.step}".lower())
-    create_markdown_artifact(markdown(decision), key=key, description=f"AutoNPO, {run_id}, step {decision.step}")
+    create_markdown_artifact(
+        markdown(decision),
+        key=key("decision", run_id, decision.leg_id, decision.step),
+        description=f"AutoNPO, {run_id}, step {decision.step}",
+    )
 
 
 class Rollback(NamedTuple):

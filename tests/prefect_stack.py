@@ -1,5 +1,5 @@
-"""A Prefect server as users have one, with authentication, CSRF protection and its services, our deployments on it, a
-worker, and whatever they leave behind."""
+"""A Prefect server as users have one, with its UI, authentication, CSRF protection and its services, our deployments on
+it, a worker, and whatever they leave behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def protected_server(folder: Path, settings: Mapping[str, str] | None = None) ->
         # By default it may take a minute until a schedule that was just switched on plans its runs.
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",
     }
-    started = LocalServer({**home, **protected, **(settings or {})}, services=True)
+    started = LocalServer({**home, **protected, **(settings or {})}, services=True, ui=True)
     try:
         started.wait()
         yield {

@@ -133,7 +133,12 @@ class LocalServer:
 def supervise(port: str, *options: str) -> None:
     """Runs the server until it ends or standard input closes; then nothing of its process group is left."""
     command = [sys.executable, "-m", "prefect", "server", "start", "--analytics-off", *options]
-    settings = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL"}
+    settings = {
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+        # By default the UI asks the API at port 4200, whatever the server's own is.
+        "PREFECT_SERVER_UI_API_URL": "/api",
+    }
     server = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", port],
         stdin=subprocess.DEVNULL,

@@ -11,8 +11,10 @@ from urllib.parse import quote
 from schemas.decisions import DecisionRecord
 from schemas.records import EvalManifest
 
-_MARKUP = re.compile(r"[\\`*_\[\]|~!#:@$]|(?<!\d)\.(?=\w)")
-"""What Markdown, or an address that it would make a link of, is recognised by."""
+_MARKUP = re.compile(r"[\\`*_\[\]|~!#$]")
+_ADDRESS_LIKE = re.compile(r"(?<=://)|(?<=@)|(?<=www)(?=\.)", re.IGNORECASE)
+"""Where a word joiner, which nobody sees, keeps a renderer from making links of bare addresses: it does so after it has
+taken all escapes away."""
 
 
 _ADDRESS = "%:/?#@!$&'*+,;=~"
@@ -21,7 +23,8 @@ _ADDRESS = "%:/?#@!$&'*+,;=~"
 
 def text(value: object) -> str:
     """A value as plain text, on one line."""
-    return _MARKUP.sub(r"\\\g<0>", html.escape(" ".join(str(value).split()), quote=False))
+    words = _ADDRESS_LIKE.sub("\u2060", " ".join(str(value).split()))
+    return _MARKUP.sub(r"\\\g<0>", html.escape(words, quote=False))
 
 
 def code(value: object) -> str:

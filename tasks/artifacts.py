@@ -87,16 +87,18 @@ class StageProgress:
         """See `Bar`."""
         self._done, self._latest = done, in_words(numbers)
         if time.monotonic() - self._told >= SECONDS_BETWEEN_UPDATES:
-            self._publish("")
+            self._publish()
 
     def end(self) -> None:
         """Says that the stage is over, if it was ever shown."""
         if self._artifact is not None:
-            self._publish(", done")
+            self._publish(", ended")
 
-    def _publish(self, suffix: str) -> None:
+    def _publish(self, suffix: str = "") -> None:
         share = 100.0 * self._done / self._total
-        words = f"{self._run_id}: {self._title}, {self._done} of {self._total}{suffix} {self._latest}".strip()
+        words = "; ".join(
+            filter(None, (f"{self._run_id}: {self._title}, {self._done} of {self._total}{suffix}", self._latest))
+        )
         try:
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
                 if self._artifact is None:

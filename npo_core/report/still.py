@@ -16,7 +16,7 @@ from npo_core.artifacts import RunArtifacts
 from npo_core.report import charts
 from npo_core.report import decisions as autonpo
 
-WIDTH, HEIGHT = 470, 250
+WIDTH, HEIGHT = 420, 240
 """Pixels of a panel, its axes' labels included."""
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 26, 40
 """Margins of a panel, which hold the labels."""

@@ -12,7 +12,7 @@ from schemas.decisions import DecisionRecord
 from schemas.records import EvalManifest
 
 _MARKUP = re.compile(r"[\\`*_\[\]|~!#$]")
-_ADDRESS_LIKE = re.compile(r"(?<=://)|(?<=@)|(?<=www)(?=\.)", re.IGNORECASE)
+_ADDRESS_LIKE = re.compile(r"(?=://)|(?=@)|(?<=www)(?=\.)", re.IGNORECASE)
 """Where a word joiner, which nobody sees, keeps a renderer from making links of bare addresses: it does so after it has
 taken all escapes away."""
 

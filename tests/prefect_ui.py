@@ -66,6 +66,8 @@ class PrefectUI:
         """Opens a deployment's page by way of the list of all."""
         self.click("//a[normalize-space()='Deployments']")
         self.see("//input[@placeholder='Search deployments']").send_keys(flow)
+        # The search opens the list anew, a moment later, whatever was clicked meanwhile.
+        WebDriverWait(self.browser, WAIT_S).until(lambda b: f"={flow}" in b.current_url, f"search for {flow}")
         self.click(f"//tr[.//a[normalize-space()='{flow}']]//a[normalize-space()='{name}']")
 
     def open_artifact(self, key: str) -> WebElement:

@@ -83,14 +83,20 @@ class LocalServer:
         environment: added to this process's for the server, say PREFECT_HOME.
         services: whether schedules fire and automations act, which costs a little CPU.
         port: by default one that is free.
+        ui: whether it serves Prefect's UI.
     """
 
     def __init__(
-        self, environment: Mapping[str, str] | None = None, services: bool = False, port: int | None = None
+        self,
+        environment: Mapping[str, str] | None = None,
+        services: bool = False,
+        port: int | None = None,
+        ui: bool = False,
     ) -> None:
         self.port = port or free_port()
+        options = [option for option, on in (("--no-services", services), ("--no-ui", ui)) if not on]
         self._supervisor = subprocess.Popen(
-            [sys.executable, "-m", "flows.local_server", str(self.port), *([] if services else ["--no-services"])],
+            [sys.executable, "-m", "flows.local_server", str(self.port), *options],
             stdin=subprocess.PIPE,
             # A Ctrl-C in the terminal is not for it: the pipe decides, so that a run may still report its end.
             start_new_session=True,
@@ -138,8 +144,13 @@ def free_port() -> int:
 
 def supervise(port: str, *options: str) -> None:
     """Runs the server until it ends or standard input closes; then nothing of its process group is left."""
-    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--analytics-off", *options]
-    settings = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--analytics-off", *options]
+    settings = {
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+        # By default the UI asks the API at port 4200, whatever the server's own is.
+        "PREFECT_SERVER_UI_API_URL": "/api",
+    }
     server = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", port],
         stdin=subprocess.DEVNULL,

@@ -15,10 +15,11 @@ from flows import monitoring, stages
 from flows.deployed import OPTIONS
 from schemas.config import Config
 from schemas.records import EvalManifest
+from tasks.artifacts import publish_summary
 from tasks.legs import main_line_checkpoint, main_line_step
 from tasks.monitor import ask, waiting
 from tasks.policies import evaluate_policy
-from tasks.reports import publish_report
+from tasks.reports import publish_curves, publish_report
 from tasks.workspaces import begin_run
 
 
@@ -96,13 +97,10 @@ def autonpo(config: Config) -> Summary:
 
 
 def finish(run: str) -> Summary:
-    """Evaluates both ends of the main line and publishes the report."""
+    """Evaluates both ends of the main line and publishes the report and the summary."""
     step, _ = main_line_step(run)
     after = evaluate_policy(run, main_line_checkpoint(run, step))
-    return Summary(
-        run=run,
-        head_step=step,
-        before=evaluate_policy(run, main_line_checkpoint(run, 0)),
-        after=after,
-        report=publish_report(run),
-    )
+    before = evaluate_policy(run, main_line_checkpoint(run, 0))
+    report = publish_report(run)
+    publish_summary(run, report, publish_curves(run))
+    return Summary(run=run, head_step=step, before=before, after=after, report=report)

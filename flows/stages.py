@@ -10,9 +10,9 @@ from prefect import flow
 from pydantic import Field
 
 from flows.deployed import OPTIONS
-from npo_core.progress import progress_bar
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord, SignalManifest
 from tasks.again import do_again
+from tasks.artifacts import publish_metrics, publish_summary, stage_progress
 from tasks.decisions import record_schedule
 from tasks.legs import (
     leg_checkpoint,
@@ -27,7 +27,7 @@ from tasks.legs import (
 )
 from tasks.monitor import watch
 from tasks.policies import commit_warm_start, evaluate_policy, has_weights, make_guide
-from tasks.reports import publish_report
+from tasks.reports import publish_curves, publish_report
 from tasks.signals import measure_signal
 from tasks.workspaces import workspace
 
@@ -126,7 +126,9 @@ def evaluate(run: Run, step: Step | None = None, force: bool = False) -> EvalMan
         force: Compute again what is committed, beside it, and fail if it comes out otherwise; nothing is replaced.
     """
     checkpoint = main_line_checkpoint(run, main_line_step(run)[0] if step is None else step)
-    return checked(run, force, lambda: evaluate_policy(run, checkpoint))
+    evaluation = checked(run, force, lambda: evaluate_policy(run, checkpoint))
+    publish_summary(run, None, publish_curves(run))
+    return evaluation
 
 
 @flow(name="signal", flow_run_name="signal of {run}", **OPTIONS)
@@ -158,7 +160,9 @@ def report(run: Run) -> str:
     Args:
         run: URI of the run, STORE/NAME.
     """
-    return publish_report(run)
+    address = publish_report(run)
+    publish_summary(run, address, publish_curves(run))
+    return address
 
 
 def checked(run: str, force: bool, stage: Callable[[], MadeT]) -> MadeT:
@@ -178,7 +182,7 @@ def train(run: str, leg: LegRecord, stop: int, ends_at: Callable[[int], bool] = 
     config = workspace(run).config
     size, every = config.run.segment_steps, config.evaluation.every
     step, accuracy = leg.start, {}
-    with progress_bar(f"{leg.kind} {leg.start}-{stop}", stop - leg.start) as bar:
+    with stage_progress(run, f"{leg.kind} {leg.start}-{stop}", stop - leg.start) as bar:
         while step < stop and not ends_at(step):
             # Boundaries lie at multiples of the segment's size, wherever the leg starts.
             segment = train_segment(run, leg, step, min(stop, (step // size + 1) * size))
@@ -187,6 +191,8 @@ def train(run: str, leg: LegRecord, stop: int, ends_at: Callable[[int], bool] = 
             if due and has_weights(run, segment.checkpoint):
                 accuracy = {"accuracy": evaluate_policy(run, segment.checkpoint).accuracy}
             bar(step - leg.start, accuracy)
+    if step > leg.start:
+        publish_metrics(run, leg)
     return leg_checkpoint(run, leg, step)
 
 

@@ -14,6 +14,6 @@ What lies where:
 - the store: store, objects, s3, parquet, rows, overlay
 - what is checked: redo, verify, verify_removals, findings
 - what is swept: gc, debris, inventory, retention, tombstones, leases
-- what is read and shown: views, trajectories, data_files, compare, export, report, trackers
+- what is read and shown: views, trajectories, data_files, compare, export, report, markdown, trackers
 - interfaces between all of these, and the configuration's file: interfaces, config_file
 """

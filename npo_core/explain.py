@@ -11,6 +11,7 @@ import polars as pl
 
 from npo_core.artifacts import RunArtifacts
 from npo_core.controller import Verdict, check, choose
+from npo_core.markdown import text
 from npo_core.monitor import observe
 from npo_core.rows import Where, frame
 from schemas.decisions import Candidate, DecisionCode, DecisionRecord, Estimate, MonitorState
@@ -194,7 +195,7 @@ def _groups(run: RunArtifacts, leg: LegRecord) -> dict[int, list[tuple[str, floa
 
 def markdown(decision: DecisionRecord) -> str:
     """A decision for people who read it in Prefect."""
-    head = f"**{decision.code}** at step {decision.step} of leg `{decision.leg_id}`: {decision.reason}"
+    head = f"**{decision.code}** at step {decision.step} of leg `{decision.leg_id}`: {text(decision.reason)}"
     if not decision.candidates:
         return head
     name = decision.variance or ""

@@ -55,7 +55,7 @@ def _bars(title: str, total: int) -> Iterator[Bar]:
         if outermost:
             _live = progress
             progress.start()
-        yield lambda done, numbers: progress.update(task, completed=done, numbers=_text(numbers))
+        yield lambda done, numbers: progress.update(task, completed=done, numbers=in_words(numbers))
     finally:
         if outermost:
             progress.stop()
@@ -79,7 +79,7 @@ def _lines(title: str, total: int) -> Iterator[Bar]:
         now = time.monotonic()
         if (done == total and outermost) or now - _last_line >= SECONDS_BETWEEN_LINES:
             _last_line = now
-            logger.info("%s %d/%d %s", title, done, total, _text(numbers))
+            logger.info("%s %d/%d %s", title, done, total, in_words(numbers))
 
     try:
         yield line
@@ -87,5 +87,6 @@ def _lines(title: str, total: int) -> Iterator[Bar]:
         _depth -= 1
 
 
-def _text(numbers: Mapping[str, float]) -> str:
+def in_words(numbers: Mapping[str, float]) -> str:
+    """Numbers with their names, on one line."""
     return " ".join(f"{name} {value:.3g}" for name, value in numbers.items())

@@ -6,6 +6,7 @@ endpoint of a compatible store (AWS_ENDPOINT_URL). None of them is ever part of 
 
 from __future__ import annotations
 
+import mimetypes
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -107,7 +108,8 @@ class S3Objects:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         try:
             if isinstance(source, bytes):
-                self.fs.pipe_file(path, source)
+                # Browsers show a report or a picture only under its type. `put_file` guesses it by itself.
+                self.fs.pipe_file(path, source, **_content_type(path))
             else:
                 self.fs.put_file(str(source), path)
         except FileNotFoundError as error:
@@ -183,3 +185,9 @@ class S3Objects:
 def _code(error: object) -> str | None:
     """S3's name of an error."""
     return error.response.get("Error", {}).get("Code") if isinstance(error, ClientError) else None
+
+
+def _content_type(path: str) -> dict[str, str]:
+    """The argument that tells S3 of a file's type, if its name says which."""
+    kind, _ = mimetypes.guess_type(path)
+    return {} if kind is None else {"ContentType": kind}

@@ -228,6 +228,30 @@ def show(run: RunArtifacts) -> dict[str, Any]:
     }
 
 
+def recent_segments(run: RunArtifacts, leg_id: str, count: int) -> pl.DataFrame:
+    """One row a segment of a leg, its last `count`: `start`, `stop`, the means of its steps' `reward`, `entropy` and
+    `grad_norm`, the sums of `replaced` slots and sampled `tokens`, and `accuracy` of its checkpoint if it was
+    evaluated."""
+    chosen = run.segments(leg_id)[-count:]
+    scores = {e.checkpoint: e.accuracy for e in run.evaluations()}
+    columns = ("step", "reward", "entropy", "grad_norm", "npo/replaced", "tokens/policy")
+    taken = frame(run, chosen, "metrics", columns).sort("step")
+    ends = {"start": pl.Int32, "stop": pl.Int32, "accuracy": pl.Float64}
+    made = pl.DataFrame([(s.start, s.stop, scores.get(s.checkpoint)) for s in chosen], schema=ends, orient="row")
+    means = (
+        taken.join_asof(made.select("start"), left_on="step", right_on="start")
+        .group_by("start")
+        .agg(
+            pl.mean("reward", "entropy", "grad_norm"),
+            replaced=pl.col("npo/replaced").sum().cast(pl.Int64),
+            tokens=pl.col("tokens/policy").sum().cast(pl.Int64),
+        )
+    )
+    return made.join(means, on="start", how="left").select(
+        "start", "stop", "reward", "entropy", "grad_norm", "replaced", "tokens", "accuracy"
+    )
+
+
 def prompt_words(run: RunArtifacts) -> dict[str, str]:
     """What each prompt asks, by `prompt_id`: the contents of its messages, a line each."""
     rows = run.prompts().select(["prompt_id", "messages"]).to_pylist()

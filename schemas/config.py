@@ -47,11 +47,23 @@ class RunSection(Section):
     """Optional sinks of the metrics, beside the Parquet files, which stay the source."""
     tracker_dir: str = "./trackers"
     """Local directory for what the trackers write."""
+    public_url: str | None = None
+    """Address at which a browser reads what lies under `run.store`, `http(s)://…`: only with one do the artifacts in
+    Prefect's UI show curves and link to the report. Without credentials: it is shown to people."""
 
     @field_validator("store")
     @classmethod
     def _no_credentials(cls, value: str) -> str:
         return without_credentials(value)
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_plain_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value):
+            raise ValueError(
+                f"{value!r} is no plain address; give http(s)://HOST/PATH without user, password, query and spaces"
+            )
+        return value
 
 
 class ModelSection(Section):

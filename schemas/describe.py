@@ -100,7 +100,7 @@ Everything of a run lies under `STORE/RUN`. In capitals what differs; `START`, `
     {layout.REQUESTS + "/LEG-STEP-BY.json":<45}who asked for an intervention without deciding it
     {layout.TOMBSTONES + "/TIME-….json":<45}what was removed on purpose
     {layout.LEASES + "/WRITER.json":<45}who is writing
-    {layout.REPORTS + "/":<45}HTML reports
+    {layout.REPORTS + "/":<45}HTML reports, pictures of curves
 
 **Only files that manifests name count.** Every folder that ends in `/` above, except reports, holds a
 `{layout.MANIFEST}` that lists its data files with role, key, bytes, SHA-256 and rows. It is written last and never

@@ -13,6 +13,7 @@ from prefect import task
 from npo_core import tip
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, LegKind, LegRecord, SegmentManifest
+from tasks.artifacts import advance
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
 
@@ -89,7 +90,9 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
     with progress_bar(f"{leg.kind} {start}-{stop}", stop - start) as bar:
 
         def on_step(done: int, metrics: Mapping[str, float]) -> None:
-            bar(done - start, {name: metrics[name] for name in WATCHED if name != "npo/replaced" or guide is not None})
+            watched = {name: metrics[name] for name in WATCHED if name != "npo/replaced" or guide is not None}
+            bar(done - start, watched)
+            advance(done - leg.start, watched)
 
         tables = run_segment(context, engine.generator, engine.learner, start, stop, on_step)
     rows = opened.run.put_rows(leg, start, stop, tables.rollouts, tables.metrics, tables.telemetry)

@@ -17,6 +17,7 @@ from npo_core.artifacts import open_run
 from schemas.decisions import DecisionCode, DecisionRecord, Request
 from schemas.future import Executor
 from schemas.records import LegRecord
+from tasks.artifacts import key
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
 
@@ -126,8 +127,11 @@ def publish_decision(run: str, decision: DecisionRecord) -> None:
     from npo_core.explain import markdown
 
     run_id = workspace(run).run.run_id
-    key = "".join(c if c.isalnum() else "-" for c in f"decision-{run_id}-{decision.leg_id}-{decision.step}".lower())
-    create_markdown_artifact(markdown(decision), key=key, description=f"AutoNPO, {run_id}, step {decision.step}")
+    create_markdown_artifact(
+        markdown(decision),
+        key=key("decision", run_id, decision.leg_id, decision.step),
+        description=f"AutoNPO, {run_id}, step {decision.step}",
+    )
 
 
 def _decide(opened: Workspace, warning: DecisionRecord) -> DecisionRecord:

@@ -9,6 +9,7 @@ from prefect import task
 
 from npo_core.interfaces import ConfigurationError
 from schemas.records import CheckpointRef, EvalManifest, GuideManifest, GuideSpec, Head
+from tasks.artifacts import stage_progress
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
 
@@ -98,13 +99,12 @@ def _sample(opened: Workspace, spec: GuideSpec, guide_id: str, asked: Sequence[s
     """The guide policy's answers to prompts, and the tokens that they took; it is loaded only if there are any."""
     from npo_core.guide_sources import sample_answers
     from npo_core.interfaces import SamplingParams
-    from npo_core.progress import progress_bar
     from schemas.tables import TRAJECTORIES
 
     if not asked:
         return TRAJECTORIES.empty_table(), 0
     engine = opened.holding(spec.checkpoint, optimizer=False)
-    with progress_bar(f"guide {spec.start}-{spec.stop}", len(asked)) as bar:
+    with stage_progress(opened.run.uri, f"guide {spec.start}-{spec.stop}", len(asked)) as bar:
         return sample_answers(
             spec,
             guide_id,
@@ -131,7 +131,6 @@ def evaluate_policy(run: str, checkpoint: CheckpointRef) -> EvalManifest:
     """Samples answers to the held-out prompts from a checkpoint, and commits the scores. Found if committed."""
     from npo_core.evaluate import evaluate_policy
     from npo_core.lineage import eval_id
-    from npo_core.progress import progress_bar
     from npo_core.workspace import environment
 
     opened = workspace(run)
@@ -144,7 +143,7 @@ def evaluate_policy(run: str, checkpoint: CheckpointRef) -> EvalManifest:
     engine = opened.holding(checkpoint, optimizer=False)
     context = opened.context(checkpoint.leg_id, manifest.weights_digest)
     prompts = len(opened.prompts.held_out())
-    with progress_bar(f"evaluate {checkpoint.step}", prompts) as bar:
+    with stage_progress(run, f"evaluate {checkpoint.step}", prompts) as bar:
         evaluation = evaluate_policy(
             context,
             engine.generator,

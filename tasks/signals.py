@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import task
 
 from schemas.records import SignalManifest, SignalSpec
+from tasks.artifacts import stage_progress
 from tasks.options import OPTIONS
 from tasks.workspaces import workspace
 
@@ -16,7 +17,6 @@ def measure_signal(
     """Measures Q, V and S over a grid of steps and distances, and commits them. Found if they are committed."""
     from npo_core.artifacts import main_line_checkpoints
     from npo_core.lineage import signal_id
-    from npo_core.progress import progress_bar
     from npo_core.signal_study import grid, measure_signal
     from npo_core.workspace import environment
 
@@ -36,7 +36,7 @@ def measure_signal(
     pool = [row["prompt_id"] for row in opened.run.prompts().to_pylist() if row["split"] == "train"]
     first = spec.points[0][0]
     context = opened.context(first.leg_id, opened.run.require_checkpoint(first.leg_id, first.step).weights_digest)
-    with progress_bar("signal", len(spec.points)) as bar:
+    with stage_progress(run, "signal", len(spec.points)) as bar:
         study = measure_signal(
             spec,
             context,

@@ -1,4 +1,4 @@
-"""Opens a report in a real browser, and reads the data that it carries."""
+"""A real browser; a report in it, and the data that it carries."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 
 @contextmanager
-def opened(report: Path, profile: Path) -> Iterator[WebDriver]:
-    """Headless Chromium with the report open and its curves drawn."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.fail("the report's tests need Chromium and its driver; apt-get install chromium chromium-driver")
+def chromium(profile: Path) -> Iterator[WebDriver]:
+    """Headless Chromium with a profile of its own."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.fail("the browser's tests need Chromium and its driver; apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = program
     flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
     flags += f"disable-component-update disable-sync window-size=1280,1000 user-data-dir={profile}"
     for flag in flags.split():
@@ -32,11 +32,18 @@ def opened(report: Path, profile: Path) -> Iterator[WebDriver]:
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(driver))
     try:
-        browser.get(report.as_uri())
-        WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#chart-reward .js-line"))
         yield browser
     finally:
         browser.quit()
+
+
+@contextmanager
+def opened(report: Path, profile: Path) -> Iterator[WebDriver]:
+    """Headless Chromium with the report open and its curves drawn."""
+    with chromium(profile) as browser:
+        browser.get(report.as_uri())
+        WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#chart-reward .js-line"))
+        yield browser
 
 
 def data_of(html: str) -> dict:

@@ -1,5 +1,5 @@
-"""A Prefect server as users have one, with authentication, CSRF protection and its services, our deployments on it, a
-worker, and whatever they leave behind."""
+"""A Prefect server as users have one, with its UI, authentication, CSRF protection and its services, our deployments on
+it, a worker, and whatever they leave behind."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def protected_server(folder: Path, settings: Mapping[str, str] | None = None) ->
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",
         **(settings or {}),
     }
-    _running[home["PREFECT_HOME"]] = started = _Running(LocalServer({**home, **protected}, services=True), protected)
+    _running[home["PREFECT_HOME"]] = started = _Running(
+        LocalServer({**home, **protected}, services=True, ui=True), protected
+    )
     try:
         started.server.wait()
         yield {

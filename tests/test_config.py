@@ -30,6 +30,7 @@ NO_RECIPE = (
         f"run.{name}"
         for name in ("name", "store", "total_steps", "segment_steps", "trackers", "tracker_dir", "single_writer")
     }
+    | {"run.public_url"}
     | {f"{section}.{field}" for section, fields in NOT_RECIPE.items() for field in fields}
     | {"evaluation.every", "evaluation.samples"}
     | {"retention.keep_last", "retention.keep_every", "retention.grace_hours"}

@@ -96,3 +96,9 @@ def test_a_profile_and_a_bucket_that_cannot_be_are_named(monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises((StoreError, ConfigurationError), match="set AWS_PROFILE to a profile"):
         open_store("s3://runs/x").read("head.json", Head)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("report.html", "text/html"), ("curves.svg", "image/svg+xml")])
+def test_what_browsers_read_has_its_type(s3_server: S3Server, tmp_path: Path, name: str, kind: str) -> None:
+    entry = open_store(f"s3://runs/{tmp_path.name}").put_data("reports", name, "report", b"<svg/>")
+    assert s3_server.client().head_object(Bucket="runs", Key=f"{tmp_path.name}/{entry.key}")["ContentType"] == kind

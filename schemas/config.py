@@ -59,9 +59,10 @@ class RunSection(Section):
     @field_validator("public_url")
     @classmethod
     def _is_plain_address(cls, value: str | None) -> str | None:
+        # The message leaves the value out, which may hold a secret.
         if value is not None and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value):
             raise ValueError(
-                f"{value!r} is no plain address; give http(s)://HOST/PATH without user, password, query and spaces"
+                "it is no plain address; give http(s)://HOST/PATH without user, password, query and spaces"
             )
         return value
 

@@ -24,7 +24,7 @@ HOSTILE = (
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(deployed: dict[str, str]) -> Iterator[RunArtifacts]:
     """A small finished run, whose store a browser reads at `run.public_url`; a decision's reason is hostile."""
     store = deployed["NPO_STORE"]
@@ -91,7 +91,7 @@ def test_the_summary_of_a_whole_run_links_the_report(deployed: dict[str, str], r
         found = client.read_artifacts(
             artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["summary-seen"])), sort=ArtifactSort.CREATED_DESC
         )
-    line = next(line for line in str(found[0].data).splitlines() if line.startswith("- report "))
+    line = next(line for made in found for line in str(made.data).splitlines() if line.startswith("- report "))
     address = line.partition("](")[2].removesuffix(")")
     with urllib.request.urlopen(address) as response:
         assert response.headers.get_content_type() == "text/html"

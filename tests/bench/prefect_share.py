@@ -9,6 +9,7 @@ includes what Prefect does in the background.
 from __future__ import annotations
 
 import functools
+import inspect
 import multiprocessing
 import tempfile
 import time
@@ -144,6 +145,8 @@ def timed(function: Callable[..., Any], spans: list[Span]) -> Callable[..., Any]
         finally:
             spans.append(Span(began, time.perf_counter()))
 
+    # Prefect would look the names of annotations up in this module.
+    wrapper.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     return wrapper
 
 

@@ -127,7 +127,7 @@ def client_of(server: Mapping[str, str]) -> Iterator[Any]:
 def start_worker(server: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """A process worker; what it prints goes to `worker_log`."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "npo-process", "--type", "process"]
-    environment = {**os.environ, **server, "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    environment = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1", **server}
     with worker_log(server).open("a") as log:
         return subprocess.Popen(command, cwd="/", env=environment, stdout=log, stderr=log)
 

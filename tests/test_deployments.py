@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from npo_core.artifacts import RunArtifacts, open_run
-from tests.command import last_json, npo, run_arguments
+from tests.command import ROOT, last_json, npo, run_arguments
 from tests.prefect_stack import bootstrap, client_of, eventually, final_state, process_worker, worker_log
 
 pytestmark = pytest.mark.slow
@@ -118,6 +119,12 @@ def test_every_flow_has_its_deployments_and_they_refuse_wrong_parameters(deploye
             detail = refused.value.response.text
             assert ("does not match" if "config" in schema else "3 is not of type 'string'") in detail, detail
             assert ("'config.run.name'" if "config" in schema else "'run'") in detail, detail
+
+
+def test_kubernetes_jobs_are_made_of_our_template(deployed: dict[str, str]) -> None:
+    template = json.loads((ROOT / "deploy/kubernetes/base-job-template.json").read_text())
+    with client_of(deployed) as client:
+        assert client.read_work_pool("npo-kubernetes").base_job_template == template
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,6 +28,11 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A markdown table; floats with three decimals, None as a dash."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -1,12 +1,15 @@
-"""One local Prefect server for everything that a benchmark starts."""
+"""One Prefect server for everything that a benchmark starts."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
 
 from flows.local_server import LocalServer
+from tests.prefect_stack import protected_server
 
 
 @contextmanager
@@ -21,3 +24,12 @@ def shared_server() -> Iterator[None]:
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         server.close()
+
+
+@contextmanager
+def deployments_server(folder: Path) -> Iterator[None]:
+    """The same with what deployments have beside: authentication, services, heartbeats, and the flows' own logs."""
+    with protected_server(folder) as server:
+        client = {name: server[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
+        with patch.dict(os.environ, {**client, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}):
+            yield

@@ -231,9 +231,9 @@ def test_event_and_watchdog_end_where_the_flow_ends_and_nothing_intervenes_twice
         ticked = client.create_flow_run_from_deployment(watch.id, parameters={"run": by_watchdog.uri})
 
         def done() -> bool:
-            outcome = watchdog.fn(by_watchdog.uri).outcome
-            over = [ended(client, made, "event") for made in (by_event, by_watchdog)]
-            return outcome == "ended" and all(over) and bool(ended(client, by_watchdog, "watchdog"))
+            if not ended(client, by_watchdog, "watchdog") or watchdog.fn(by_watchdog.uri).outcome != "ended":
+                return False
+            return all(ended(client, made, "event") for made in (by_event, by_watchdog))
 
         with process_worker(deployed):
             eventually(done, "both have ended", 400)

@@ -61,10 +61,14 @@ def _watch(flow_run: UUID, worker: int) -> None:
                 break
             asked = time.monotonic()
         time.sleep(LOOK_EVERY_S)
-    # With the children; the worker gave each flow run a process group of its own.
-    os.killpg(0, signal.SIGTERM)
+    _end(signal.SIGTERM)
     time.sleep(GRACE_S)
-    os.killpg(0, signal.SIGKILL)
+    _end(signal.SIGKILL)
+
+
+def _end(number: signal.Signals) -> None:
+    """Sends a signal to this process, and to its children if the group is its own, as one that a worker made."""
+    (os.killpg if os.getpgrp() == os.getpid() else os.kill)(os.getpid(), number)
 
 
 def _is_over(flow_run: UUID) -> bool:

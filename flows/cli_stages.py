@@ -58,7 +58,7 @@ def stage(name: str, run: str, json: bool, **options: Any) -> None:
 def _in_words(made: str | CheckpointRef | GuideManifest | EvalManifest | DecisionRecord | Tick | None) -> str:
     match made:
         case None:
-            return "no decision to roll back waits"
+            return "no decision to roll back waits; `npo stage monitor` decides about a warning"
         case DecisionRecord():
             return f"{made.code} at step {made.step}: {made.reason}"
         case CheckpointRef():

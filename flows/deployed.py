@@ -31,6 +31,8 @@ logger = logging.getLogger("npo")
 
 LOOK_EVERY_S = 1.0
 ASK_EVERY_S = 15.0
+PATIENCE_S = 5.0
+"""With a server that does not answer."""
 UNANSWERED = (httpx.HTTPError, PrefectException, RuntimeError)
 """RuntimeError is Prefect's for an API that cannot be reached."""
 GRACE_S = 30.0
@@ -99,7 +101,8 @@ def _conclude(flow_run: UUID) -> None:
 def _client() -> Iterator[SyncPrefectClient]:
     """Without retries: while the server is away, the worker is still looked after."""
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+    from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+    hasty = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: PATIENCE_S})
+    with hasty, get_client(sync_client=True) as client:
         yield client

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from prefect import flow, get_client
+from prefect import flow, get_client, tags
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
 from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 from pydantic import BaseModel
 
@@ -38,8 +39,9 @@ class Tick(BaseModel):
     """URI of the run."""
     step: int
     """How far its main line has come."""
-    outcome: Literal["quiet", "ended", "requested", "started"]
-    """`started`: the deployment runs, or will, for this tick or an earlier one."""
+    outcome: Literal["quiet", "ended", "requested", "started", "cancelled"]
+    """`started`: the deployment runs, or will, for this tick or an earlier one; `cancelled`: somebody ended that, and
+    the watchdog leaves it at that."""
     reason: str
     """In words."""
 
@@ -77,7 +79,10 @@ def intervene(run: Run, by: Literal["person", "flow", "event", "watchdog"] = "pe
         return None
     # A second event about one warning would start a flow run for nothing.
     reached = carry_out(run, settle(run, waits, told=by != "flow"))
-    return reached if by == "flow" else main(run, config.run.total_steps)
+    if by == "flow":
+        return reached
+    with tags(*flow_run.tags):
+        return main(run, config.run.total_steps)
 
 
 @flow(name="watchdog", flow_run_name="watchdog of {run}", **OPTIONS)
@@ -102,7 +107,8 @@ def watchdog(run: Run) -> Tick:
         reason = f"all {step} steps are trained" if ended else f"nothing waits at step {step}"
         return Tick(run=run, step=step, outcome="ended" if ended else "quiet", reason=reason)
     if config.autonpo.executes == "watchdog":
-        return Tick(run=run, step=step, outcome="started", reason=start(run, waits))
+        outcome, reason = start(run, waits)
+        return Tick(run=run, step=step, outcome=outcome, reason=reason)
     file_request(run, waits, "watchdog")
     reason = f"{config.autonpo.executes} executes, who is asked to act on this: {waits.reason}"
     return Tick(run=run, step=step, outcome="requested", reason=reason)
@@ -118,7 +124,7 @@ def carry_out(run: str, decision: DecisionRecord) -> CheckpointRef | None:
     return train(run, leg, decision.step)
 
 
-def start(run: str, waits: DecisionRecord) -> str:
+def start(run: str, waits: DecisionRecord) -> tuple[Literal["started", "cancelled"], str]:
     """Has the deployment carry out what the main line waits for, unless it is at it. Returns what it is at, in words.
 
     Raises:
@@ -139,6 +145,10 @@ def start(run: str, waits: DecisionRecord) -> str:
         known = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=keys))
         # Whatever ended has left the main line waiting, and its key would give it back for ever.
         earlier = client.read_flow_runs(flow_run_filter=known)
+        for made in earlier:
+            if made.state is not None and made.state.is_cancelled():
+                remedy = f"`npo stage monitor {run}`, then `npo stage intervene {run}`"
+                return "cancelled", f"flow run {made.name} of {INTERVENE} was; {remedy} act on this: {waits.reason}"
         ended = sum(made.state is not None and made.state.is_final() for made in earlier)
         if ended == ATTEMPTS:
             raise NearFutureError(
@@ -146,4 +156,4 @@ def start(run: str, waits: DecisionRecord) -> str:
                 f"flow runs say why: mend that, then `npo stage monitor {run}` and `npo stage intervene {run}`"
             )
         made = client.create_flow_run_from_deployment(deployment.id, parameters=parameters, idempotency_key=keys[ended])
-    return f"flow run {made.name} of {INTERVENE}, attempt {ended + 1}, is {made.state_name}: {waits.reason}"
+    return "started", f"flow run {made.name} of {INTERVENE}, attempt {ended + 1}, is {made.state_name}: {waits.reason}"

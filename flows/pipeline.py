@@ -102,5 +102,5 @@ def finish(run: str) -> Summary:
     after = evaluate_policy(run, main_line_checkpoint(run, step))
     before = evaluate_policy(run, main_line_checkpoint(run, 0))
     report = publish_report(run)
-    publish_summary(run, report, publish_curves(run))
+    publish_summary(run, publish_curves(run))
     return Summary(run=run, head_step=step, before=before, after=after, report=report)

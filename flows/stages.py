@@ -10,6 +10,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.deployed import OPTIONS
+from schemas.config import WITHOUT_CREDENTIALS
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord, SignalManifest
 from tasks.again import do_again
 from tasks.artifacts import publish_metrics, publish_summary, stage_progress
@@ -32,7 +33,7 @@ from tasks.signals import measure_signal
 from tasks.workspaces import workspace
 
 # What the Prefect UI shows beside a parameter, and what the server refuses before it makes a run.
-Run = Annotated[str, Field(min_length=1)]
+Run = Annotated[str, Field(min_length=1, json_schema_extra=WITHOUT_CREDENTIALS)]
 Step = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 MadeT = TypeVar("MadeT", CheckpointRef, GuideManifest, EvalManifest, SignalManifest)
@@ -63,8 +64,8 @@ def scout(run: Run, start: Step, lookahead: Count, force: bool = False) -> Check
         force: Compute again what is committed, beside it, and fail if it comes out otherwise; nothing is replaced.
     """
     leg = open_leg(run, "scout", main_line_checkpoint(run, start))
-    stop = start + lookahead
-    return checked(run, force, lambda: train(run, leg, stop, lambda step: scout_is_done(run, leg, step)))
+    made = train(run, leg, start + lookahead, lambda step: scout_is_done(run, leg, step))
+    return retrained(run, made) if force else made
 
 
 @flow(name="guide", flow_run_name="guide {start}-{stop} of {run}", **OPTIONS)
@@ -94,7 +95,8 @@ def replay(run: Run, guide_id: str, force: bool = False) -> CheckpointRef:
         require_replayed(run, guide_id)
     decision = record_schedule(run, guide_id)
     leg = open_leg(run, "replay", decision.parent, guide_id)
-    return checked(run, force, lambda: train(run, leg, decision.stop))
+    made = train(run, leg, decision.stop)
+    return retrained(run, made) if force else made
 
 
 @flow(name="main", flow_run_name="main to {stop} of {run}", **OPTIONS)
@@ -112,8 +114,7 @@ def main(run: Run, stop: Count, force: bool = False) -> CheckpointRef:
     made = go_on(run, stop)
     if force:
         require_trained_by(run, made, "main")
-        do_again(run, made, lambda: go_on(run, stop))
-    return made
+    return retrained(run, made) if force else made
 
 
 @flow(name="evaluate", flow_run_name="evaluate {run}", **OPTIONS)
@@ -127,7 +128,7 @@ def evaluate(run: Run, step: Step | None = None, force: bool = False) -> EvalMan
     """
     checkpoint = main_line_checkpoint(run, main_line_step(run)[0] if step is None else step)
     evaluation = checked(run, force, lambda: evaluate_policy(run, checkpoint))
-    publish_summary(run, None, publish_curves(run))
+    publish_summary(run, publish_curves(run))
     return evaluation
 
 
@@ -161,7 +162,7 @@ def report(run: Run) -> str:
         run: URI of the run, STORE/NAME.
     """
     address = publish_report(run)
-    publish_summary(run, address, publish_curves(run))
+    publish_summary(run, publish_curves(run))
     return address
 
 
@@ -170,6 +171,16 @@ def checked(run: str, force: bool, stage: Callable[[], MadeT]) -> MadeT:
     made = stage()
     if force:
         do_again(run, made, stage)
+    return made
+
+
+def retrained(run: str, made: CheckpointRef) -> CheckpointRef:
+    """Trains a leg's committed segments up to a checkpoint again, beside them and cut as they are: the leg may have
+    been extended since. They must come out the same."""
+    artifacts = workspace(run).run
+    leg = artifacts.leg(made.leg_id)
+    bounds = [(s.start, s.stop) for s in artifacts.segments(made.leg_id) if s.stop <= made.step]
+    do_again(run, made, lambda: [train_segment(run, leg, *steps) for steps in bounds])
     return made
 
 

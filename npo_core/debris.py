@@ -96,7 +96,10 @@ def debris(
         now: what ages are counted from.
         grace: what is younger stays.
     """
-    newest = max((o.modified for o in objects if kind_of(o.key) == "report"), default=now)
+    newest: dict[str, datetime] = {}
+    for o in objects:
+        if kind_of(o.key) == "report":
+            newest[_subject(o.key)] = max(o.modified, newest.get(_subject(o.key), o.modified))
     cut = now - max(grace, MARGIN)
     if live:
         cut = min(cut, min(map(since, live)) - MARGIN)
@@ -107,9 +110,14 @@ def debris(
             continue
         if kind == "temporary":
             yield Removal(o.key, o.bytes, "temporary file of a killed process")
-        elif kind == "report" and o.modified < newest:
+        elif kind == "report" and o.modified < newest[_subject(o.key)]:
             yield Removal(o.key, o.bytes, "older report")
         elif kind == "lease" and o.key.replace("/.", "/").removesuffix(".lock") not in open_leases:
             yield Removal(o.key, o.bytes, "expired lease")
         elif kind == "data" and o.key not in named and not (live and folder not in committed):
             yield Removal(o.key, o.bytes, UNCOMMITTED)
+
+
+def _subject(report: str) -> str:
+    """What a report shows, by its name: the whole run, or its curves alone."""
+    return report.rpartition("-")[0]

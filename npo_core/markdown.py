@@ -17,7 +17,7 @@ _ADDRESS_LIKE = re.compile(r"(?=://)|(?=@)|(?<=www)(?=\.)", re.IGNORECASE)
 taken all escapes away."""
 
 
-_ADDRESS = "%:/?#@!$&'*+,;=~"
+_ADDRESS = "%:/?#[]@!$&'*+,;=~"
 """What stays as it is in an address; parentheses would end it."""
 
 

@@ -64,7 +64,9 @@ def compare(run: RunArtifacts, again: RunArtifacts, made: Made) -> list[Comparis
     if not pairs:
         raise ConfigurationError("nothing was computed again: the stage trained no step of its own; force another one")
     return [
-        Comparison(folder, tuple(_differences(run, before, again, after)) if before else ("was not committed",))
+        Comparison(folder, tuple(_differences(run, before, again, after)) or _fields_differ(before, after))
+        if before
+        else Comparison(folder, ("was not committed",))
         for folder, before, after in pairs
     ]
 
@@ -119,6 +121,13 @@ def _differences(run: RunArtifacts, before: Manifest, again: RunArtifacts, after
         if before.ref in removals(run.tombstones()):
             return
         yield f"weights: relative L2 distance {_distance(run, before.ref, again, after.ref):.2e}"
+
+
+def _fields_differ(before: Manifest, after: Manifest) -> tuple[str, ...]:
+    """What the manifests say besides their files, such as counts of tokens."""
+    of_the_writer = {"files", "nonce", "created_at", "environment", "segment"}
+    ours, theirs = (manifest.model_dump(exclude=of_the_writer) for manifest in (before, after))
+    return tuple(f"{name}: {theirs[name]}, was {value}" for name, value in ours.items() if theirs[name] != value)
 
 
 def _rows_differ(before: pa.Table, after: pa.Table, role: str) -> str | None:

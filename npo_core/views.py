@@ -19,7 +19,7 @@ from npo_core.artifacts import RunArtifacts, runs
 from npo_core.interfaces import NearFutureError, Store
 from npo_core.rows import frame
 from npo_core.store import READERS
-from schemas import tables
+from schemas import layout, tables
 from schemas.records import EvalManifest, Head, LegRecord, SegmentManifest
 
 
@@ -226,6 +226,12 @@ def show(run: RunArtifacts) -> dict[str, Any]:
         "interventions": [d.model_dump(mode="json") for d in decisions if d.intervene],
         "tokens": asdict(lineage.count_tokens(line, done, run.guides(), decisions)),
     }
+
+
+def newest_report(run: RunArtifacts) -> str | None:
+    """URI of the report that was written last."""
+    reports = [o for o in run.store.walk(layout.REPORTS) if o.key.startswith(f"{layout.REPORTS}/report-")]
+    return f"{run.uri}/{max(reports, key=lambda o: o.modified).key}" if reports else None
 
 
 def recent_segments(run: RunArtifacts, leg_id: str, count: int) -> pl.DataFrame:

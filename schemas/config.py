@@ -6,11 +6,17 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from schemas.future import AutoNPOSection, FutureSection
 from schemas.section import Section
 
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+CREDENTIALS = r"://(?!arn:)[^/@]*[:@]"
+"""In a URL: a secret may itself hold a slash, so a colon in front of the first one says enough; an access point's ARN
+holds some."""
+WITHOUT_CREDENTIALS: JsonDict = {"pattern": rf"^(?!.*{CREDENTIALS})"}
+"""For JSON schemas: Prefect's server refuses other values before it stores them."""
 
 
 def without_credentials(url: str) -> str:
@@ -19,8 +25,7 @@ def without_credentials(url: str) -> str:
     Raises:
         ValueError: it holds a user or a password.
     """
-    # A secret may itself hold a slash: a colon in front of the first one says enough. An access point's ARN holds some.
-    if re.search(r"://(?!arn:)[^/@]*[:@]", url):
+    if re.search(CREDENTIALS, url):
         raise ValueError(
             "the URL holds credentials; give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the AWS files"
         )
@@ -34,7 +39,7 @@ class RunSection(Section):
     """The run's identifier in its store: lower-case letters, digits, dot, dash, underscore."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of every random stream: data order, rollouts, guide, evaluation."""
-    store: str = "file://./runs"
+    store: str = Field("file://./runs", json_schema_extra=WITHOUT_CREDENTIALS)
     """URL of the store that holds the run: `file://PATH` or `s3://BUCKET/PREFIX`. Credentials and the endpoint of a
     compatible store come from the environment (AWS_*), never from here."""
     single_writer: bool = False

@@ -12,6 +12,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 
 from npo_core.interfaces import NearFutureError
+from tasks.artifacts import key
 from tasks.options import OPTIONS
 from tasks.workspaces import standing_in, workspace
 
@@ -43,7 +44,7 @@ def tell(run: str, found: Sequence[Comparison]) -> None:
     """Shows what was compared; fails if anything differs."""
     rows = [{"artifact": one.artifact, "again": "; ".join(one.differences) or "the same"} for one in found]
     run_id = workspace(run).run.run_id
-    create_table_artifact(rows, key=f"again-{run_id}", description=f"{run_id}: committed work, done again")
+    create_table_artifact(rows, key=key("again", run_id), description=f"{run_id}: committed work, done again")
     different = [row for row, one in zip(rows, found, strict=True) if one.differences]
     if not different:
         logger.info("computed again and equal: %s", ", ".join(one.artifact for one in found))

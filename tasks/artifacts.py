@@ -20,7 +20,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.exceptions import PrefectException
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from npo_core.progress import Bar, in_words, progress_bar
 from schemas.records import LegRecord
@@ -33,6 +33,9 @@ SEGMENTS = 20
 """Segments in a metric table, the last ones."""
 SECONDS_BETWEEN_UPDATES = 10.0
 """Of a progress artifact, which takes some 50 ms. Work that is done earlier has none."""
+PATIENCE_S = 5.0
+"""With a server that does not answer."""
+SECONDS_AFTER_A_FAILURE = 60.0
 
 
 def key(*parts: object) -> str:
@@ -41,8 +44,9 @@ def key(*parts: object) -> str:
 
 
 @task(name="publish summary", **OPTIONS)
-def publish_summary(run: str, report: str | None, curves: str | None) -> None:
-    """What the run has come to, with the addresses of its report and of the picture of its curves if there are any."""
+def publish_summary(run: str, curves: str | None) -> None:
+    """What the run has come to, with the addresses of its newest report and of the picture of its curves if there are
+    any."""
     from npo_core import views
     from npo_core.markdown import summary
 
@@ -52,7 +56,7 @@ def publish_summary(run: str, report: str | None, curves: str | None) -> None:
         views.show(opened.run),
         views.main_evaluations(opened.run),
         opened.run.decisions(),
-        report,
+        views.newest_report(opened.run),
         curves,
         opened.config.run.public_url,
     )
@@ -100,7 +104,7 @@ class StageProgress:
             filter(None, (f"{self._run_id}: {self._title}, {self._done} of {self._total}{suffix}", self._latest))
         )
         try:
-            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: PATIENCE_S}):
                 if self._artifact is None:
                     made = create_progress_artifact(share, key("progress", self._run_id), words)
                     self._artifact = cast(UUID, made)  # typed for async code too
@@ -109,6 +113,8 @@ class StageProgress:
         except (httpx.HTTPError, PrefectException) as error:
             logger.debug("progress could not be shown: %s", error)
             self._artifact = None  # somebody may have deleted it
+            self._told = time.monotonic() + SECONDS_AFTER_A_FAILURE
+            return
         self._told = time.monotonic()
 
 

@@ -61,9 +61,11 @@ def test_debris_goes_when_it_is_old_enough(run: RunArtifacts, folder: Path) -> N
     assert files(folder) == before
 
 
-def test_the_newest_report_stays(run: RunArtifacts, folder: Path) -> None:
+def test_the_newest_report_stays_and_the_newest_picture_of_the_curves(run: RunArtifacts, folder: Path) -> None:
     older = [leave(folder, f"reports/report-{n}{HASH[1:]}.html", OLD * n) for n in (2, 3)]
-    newest = leave(folder, f"reports/report-{HASH}.html")
+    older.append(leave(folder, f"reports/curves-2{HASH[1:]}.png", OLD * 2))
+    newest = leave(folder, f"reports/report-{HASH}.html", OLD * 1.5)
+    leave(folder, f"reports/curves-{HASH}.png")
     assert {removal.key for removal in sweep(run, keep_last=16).removed} == set(older)
     assert (folder / newest).exists()
 

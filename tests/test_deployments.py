@@ -119,6 +119,12 @@ def test_every_flow_has_its_deployments_and_they_refuse_wrong_parameters(deploye
             detail = refused.value.response.text
             assert ("does not match" if "config" in schema else "3 is not of type 'string'") in detail, detail
             assert ("'config.run.name'" if "config" in schema else "'run'") in detail, detail
+            url = "s3://key:secret@bucket/runs"
+            wrong = (
+                {"config": {"run": {"name": "a", "store": url}}} if "config" in schema else {**wrong, "run": f"{url}/a"}
+            )
+            with pytest.raises(PrefectHTTPStatusError, match="does not match"):
+                client.create_flow_run_from_deployment(deployment.id, parameters=wrong)
 
 
 def test_kubernetes_jobs_are_made_of_our_template(deployed: dict[str, str]) -> None:

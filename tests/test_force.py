@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def store(tmp_path_factory: pytest.TempPathFactory, prefect_server: dict[str, str]) -> Path:
     """The store of a small finished NPO run."""
     folder = tmp_path_factory.mktemp("forced")
-    made = npo(*run_arguments("testbed-npo", folder, "small"), env=prefect_server)
+    made = npo(*run_arguments("testbed-npo", folder, "a_small.one"), env=prefect_server)
     assert made.returncode == 0, made.stderr
     return folder
 
@@ -62,7 +62,7 @@ with prefect_api():
 def test_every_stage_comes_out_the_same_and_leaves_the_store_as_it_was(
     store: Path, prefect_server: dict[str, str]
 ) -> None:
-    run = f"file://{store}/small"
+    run = f"file://{store}/a_small.one"
     before = contents(store)
     done = subprocess.run(
         [sys.executable, "-c", EVERY_STAGE, run],
@@ -81,17 +81,27 @@ def test_every_stage_comes_out_the_same_and_leaves_the_store_as_it_was(
     assert {key: after[key] for key in before} == before
 
 
+def test_a_leg_that_was_stopped_and_extended_is_cut_as_it_is(store: Path, prefect_server: dict[str, str]) -> None:
+    for steps in (3, 5):
+        made = npo(*run_arguments("testbed-grpo", store, "cut", run__total_steps=steps), env=prefect_server)
+        assert made.returncode == 0, made.stderr
+    done = npo("stage", "main", f"file://{store}/cut", "--stop", 5, "--force", env=prefect_server)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("/segments/") == 4
+    shutil.rmtree(store / "cut")
+
+
 def test_what_comes_out_otherwise_is_told_with_its_distance_and_replaces_nothing(
     store: Path, tmp_path: Path, prefect_server: dict[str, str]
 ) -> None:
     changed = copied(store, tmp_path)
-    record = changed / "small" / "run.json"
+    record = changed / "a_small.one" / "run.json"
     content = json.loads(record.read_text())
     # Sums of gradients in other passes round differently.
     content["config"]["learner"]["micro_batch_tokens"] = 64
     record.write_text(json.dumps(content))
     before = contents(changed)
-    done = npo("stage", "main", f"file://{changed}/small", "--stop", 8, "--force", env=prefect_server)
+    done = npo("stage", "main", f"file://{changed}/a_small.one", "--stop", 8, "--force", env=prefect_server)
     assert done.returncode == 1
     assert "artifacts of" in done.stderr
     assert "came out otherwise than committed" in done.stderr
@@ -100,7 +110,7 @@ def test_what_comes_out_otherwise_is_told_with_its_distance_and_replaces_nothing
 
 
 def test_force_never_moves_the_main_line(store: Path, tmp_path: Path, prefect_server: dict[str, str]) -> None:
-    run = f"file://{copied(store, tmp_path)}/small"
+    run = f"file://{copied(store, tmp_path)}/a_small.one"
     source = open_run(run).guides()[0].spec.checkpoint
     asked = ["guide", run, "--leg", source.leg_id, "--step", source.step, "--start", 0, "--stop", 3]
     assert npo("stage", *asked, env=prefect_server).returncode == 0

@@ -184,6 +184,19 @@ def test_a_watchdog_that_tried_often_enough_gives_up(run: RunArtifacts, deployed
             watchdog.fn(run.uri)
 
 
+@pytest.mark.slow
+def test_what_a_person_cancelled_the_watchdog_does_not_start_again(run: RunArtifacts, deployed: dict[str, str]) -> None:
+    from prefect.states import Cancelled
+
+    switched(run, executes="watchdog")
+    with client_of(deployed) as client:
+        assert watchdog.fn(run.uri).outcome == "started"
+        (flow_run,) = interventions(client, run, "Scheduled")
+        client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
+        assert [watchdog.fn(run.uri).outcome for _ in range(2)] == ["cancelled"] * 2
+        assert len(interventions(client, run)) == 1
+
+
 def interventions(client: Any, run: RunArtifacts, *states: str) -> list[Any]:
     """Flow runs of `intervene/default` about a run; in any state where none is named."""
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId

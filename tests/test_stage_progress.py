@@ -74,3 +74,19 @@ def test_a_stage_goes_on_without_the_api(client: Any, monkeypatch: pytest.Monkey
         stage(2, {})
         stage.end()
     assert time.monotonic() - began < 10
+
+
+def test_a_server_that_takes_a_call_and_never_answers_holds_a_stage_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.setattr(artifacts, "SECONDS_BETWEEN_UPDATES", 0.0)
+    monkeypatch.setattr(artifacts, "PATIENCE_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/api"
+        with temporary_settings({PREFECT_API_URL: url}):
+            stage = artifacts.StageProgress("file:///runs/held-up", "main 0-4", 4)
+            stage(1, {})
+            began = time.monotonic()
+            for done in range(2, 5):
+                stage(done, {})
+    assert time.monotonic() - began < 0.4, "only the first update may wait"

@@ -33,7 +33,7 @@ from tests.prefect_stack import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-STEPS = 48
+STEPS = 96
 """A leg that lasts: each fault comes in its middle, and so does the next one."""
 START_WITHIN_S = 180.0
 GONE_WITHIN_S = 90.0
@@ -171,13 +171,15 @@ def test_on_postgresql_a_run_outlives_its_worker_a_restart_and_a_cancel(
             worker.kill()
             stack.ends_without_a_trace(first, "Crashed")
         with process_worker(server):
-            second = stack.start()
-            stack.comes_amid_its_leg(second)
+            # However fast it trains, it is not done when the server is back.
+            endless = replace(stack, store=f"{stack.store}-endless")
+            second = endless.start(steps=2000)
+            endless.comes_amid_its_leg(second)
             with without_server(server):
                 pass
-            stack.trains_on(second)
-            stack.cancel(second)
-            stack.ends_without_a_trace(second, "Cancelled")
+            endless.trains_on(second)
+            endless.cancel(second)
+            endless.ends_without_a_trace(second, "Cancelled")
             third = stack.start()
             stack.ends_without_a_trace(third, "Completed", within=300)
         stack.is_what_nobody_disturbed(undisturbed)
@@ -204,11 +206,13 @@ def test_when_its_worker_is_killed_it_ends_by_itself(stack: Deployed) -> None:
 
 
 def test_when_it_is_cancelled_it_ends_at_once(stack: Deployed) -> None:
-    flow_run = stack.start()
+    endless = replace(stack, store=f"{stack.store}-endless")
+    flow_run = endless.start(steps=2000)
     with process_worker(stack.server):
-        stack.comes_amid_its_leg(flow_run)
-        stack.cancel(flow_run)
-        stack.ends_without_a_trace(flow_run, "Cancelled")
+        endless.comes_amid_its_leg(flow_run)
+        endless.cancel(flow_run)
+        endless.ends_without_a_trace(flow_run, "Cancelled")
+    assert endless.segments() < 1000
 
 
 def test_when_somebody_gives_it_a_final_state_its_process_ends(stack: Deployed) -> None:

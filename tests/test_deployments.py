@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,19 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "replay": {"guide_id": "0"},
 }
 """Parameters without a sensible default."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def schedules_off(prefect_stack: dict[str, str]) -> Iterator[None]:
+    """Afterwards no schedule is active: what these tests switch on would keep other tests' workers busy."""
+    yield
+    with client_of(prefect_stack) as client:
+        for deployment in client.read_deployments(limit=200):
+            for schedule in deployment.schedules:
+                client.update_deployment_schedule(deployment.id, schedule.id, active=False)
+        late = [made for made in client.read_flow_runs(limit=200) if made.auto_scheduled and not final_state(made)]
+        for made in late:
+            client.delete_flow_run(made.id)
 
 
 def state_of(client: Any) -> dict[str, Any]:

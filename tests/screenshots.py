@@ -39,7 +39,7 @@ def main() -> None:
                     eventually(lambda: ready(client), "the worker asks for flow runs")
                 ui.browser.set_window_size(1100, 760)
                 ui.click("//a[normalize-space()='Deployments']")
-                ui.see("//tr[.//a[normalize-space()='report']]//*[normalize-space()='Ready']")
+                ui.see("//tr[.//a[normalize-space()='evaluate']]//*[normalize-space()='Ready']")
                 ui.browser.save_screenshot(str(DEPLOYMENTS))
                 ui.browser.set_window_size(1000, 1250)
                 ui.open_artifact("summary-testbed-npo")

@@ -26,7 +26,7 @@ def do_again(run: str, made: Made, stage: Callable[[], object]) -> None:
     """Runs a stage on the run as it was before the stage made this, and compares. Nothing in the store changes.
 
     Raises:
-        NearFutureError: something came out otherwise; names it, and what changed in the environment.
+        NearFutureError: something came out otherwise; names it, and how far apart weights are.
     """
     from npo_core.redo import beside, compare
 

@@ -1,4 +1,5 @@
-"""Prefect flows: one a stage (`flows.stages`), the composed pipelines (`flows.pipeline`), and the command `npo`.
+"""Prefect flows: one a stage (`flows.stages`, AutoNPO's in `flows.monitoring`), the composed pipelines
+(`flows.pipeline`), what a deployment's flow run does beside its work (`flows.deployed`), and the command `npo`.
 
 from flows import autonpo, grpo, npo
 from npo_core.config_file import load_config

@@ -1,17 +1,14 @@
 """A Prefect server for the life of one process: started beside our imports, gone when we are, even after SIGKILL.
 
-Prefect's own ephemeral server outlives a parent that is killed. This one is watched by a small supervisor that holds
-the other end of a pipe to us and ends the server's process group when the pipe closes.
+Prefect's own ephemeral server outlives a parent that is killed.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,9 +17,10 @@ from contextlib import contextmanager
 
 from flows.interrupt import insistent_interrupt
 from npo_core.interfaces import NearFutureError
+from npo_core.supervised import Supervised
 
 STARTUP_TIMEOUT_S = 120.0
-GRACE_S = 5.0
+SERVER = (sys.executable, "-m", "prefect", "server", "start", "--analytics-off", "--host", "127.0.0.1")
 
 
 @contextmanager
@@ -95,12 +93,16 @@ class LocalServer:
     ) -> None:
         self.port = port or free_port()
         options = [option for option, on in (("--no-services", services), ("--no-ui", ui)) if not on]
-        self._supervisor = subprocess.Popen(
-            [sys.executable, "-m", "flows.local_server", str(self.port), *options],
-            stdin=subprocess.PIPE,
-            # A Ctrl-C in the terminal is not for it: the pipe decides, so that a run may still report its end.
-            start_new_session=True,
-            env={**os.environ, **(environment or {})},
+        self._process = Supervised(
+            [*SERVER, *options, "--port", str(self.port)],
+            {
+                **(environment or {}),
+                "PREFECT_LOGGING_LEVEL": "CRITICAL",
+                "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+                # By default the UI asks the API at port 4200, whatever the server's own is.
+                "PREFECT_SERVER_UI_API_URL": "/api",
+            },
+            output=subprocess.DEVNULL,
         )
 
     @property
@@ -116,7 +118,7 @@ class LocalServer:
         """
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
         while time.monotonic() < deadline:
-            if self._supervisor.poll() is not None:
+            if self._process.poll() is not None:
                 break
             try:
                 urllib.request.urlopen(f"{self.api_url}/health", timeout=5).close()
@@ -130,9 +132,7 @@ class LocalServer:
 
     def close(self) -> None:
         """Ends the server."""
-        if self._supervisor.stdin:
-            self._supervisor.stdin.close()
-        self._supervisor.wait(timeout=30)
+        self._process.close()
 
 
 def free_port() -> int:
@@ -140,37 +140,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def supervise(port: str, *options: str) -> None:
-    """Runs the server until it ends or standard input closes; then nothing of its process group is left."""
-    command = [sys.executable, "-m", "prefect", "server", "start", "--analytics-off", *options]
-    settings = {
-        "PREFECT_LOGGING_LEVEL": "CRITICAL",
-        "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-        # By default the UI asks the API at port 4200, whatever the server's own is.
-        "PREFECT_SERVER_UI_API_URL": "/api",
-    }
-    server = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", port],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, **settings},
-    )
-
-    def end_with_the_pipe() -> None:
-        # Not sys.stdin: its lock, held by a daemon thread, would abort the interpreter's end.
-        while os.read(0, 1):
-            pass
-        os.killpg(server.pid, signal.SIGTERM)
-        time.sleep(GRACE_S)
-        os.killpg(server.pid, signal.SIGKILL)
-
-    threading.Thread(target=end_with_the_pipe, daemon=True).start()
-    server.wait()
-
-
-if __name__ == "__main__":
-    supervise(*sys.argv[1:])

@@ -39,7 +39,7 @@ START_WITHIN_S = 180.0
 GONE_WITHIN_S = 90.0
 """How long after a fault something of the flow run may still be there: at most 15 s until it notices and 30 s of grace,
 on a busy machine."""
-SERVER_AND_WORKER = re.compile(r"flows\.local_server|prefect server start|prefect worker start")
+SERVER_AND_WORKER = re.compile(r"npo_core\.supervised|prefect server start|prefect worker start")
 
 
 def recipe(steps: int) -> dict[str, Any]:

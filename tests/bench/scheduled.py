@@ -53,7 +53,7 @@ def memory(server: Mapping[str, str]) -> dict[str, int]:
             kind = next((kind for kind in ("server", "worker") if f"prefect {kind} start" in command), None)
             if kind:
                 kinds[kind] += process.memory_info().rss
-            elif "flows.local_server" not in command:
+            elif "npo_core.supervised" not in command:
                 kinds["flow run processes"] += 1
         except psutil.NoSuchProcess:
             continue

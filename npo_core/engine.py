@@ -12,6 +12,9 @@ from npo_core.generate import TransformersGenerator
 from npo_core.interfaces import Generator, Learner
 from npo_core.learner import TorchLearner
 from npo_core.policy import Policy, choose_device
+from npo_core.vllm_generator import VllmGenerator
+from npo_core.vllm_process import VllmProcess
+from npo_core.vllm_served import VllmServed
 from schemas.config import Config
 
 
@@ -21,12 +24,14 @@ class Engine:
 
     generator: Generator
     learner: Learner
+    frozen: Generator
+    """What samples the work that `vllm.samples` names, from checkpoints that it is given one by one."""
 
     @classmethod
     def build(
         cls, config: Config, model_dir: Path, starting_policy: Callable[[Callable[[Path], Policy]], Policy]
     ) -> Engine:
-        """transformers and torch in this process, sharing one set of weights.
+        """transformers and torch in this process, sharing one set of weights; vLLM, where it is asked for, beside it.
 
         Args:
             config: the run's.
@@ -43,4 +48,17 @@ class Engine:
         torch.use_deterministic_algorithms(choose_device(config.learner.device).type == "cpu")
         policy = load(model_dir)
         reference = starting_policy(load) if config.algorithm.kl_beta > 0 else None
-        return cls(TransformersGenerator(policy, config.rollout.max_rows), TorchLearner(policy, config, reference))
+        generator = TransformersGenerator(policy, config.rollout.max_rows)
+        return cls(generator, TorchLearner(policy, config, reference), _vllm(config, policy))
+
+
+def _vllm(config: Config, policy: Policy) -> VllmGenerator:
+    """vLLM beside a policy; it starts with the first checkpoint that it is given."""
+    settings = config.vllm
+    dtype = settings.dtype or config.model.dtype
+    exact = dtype == config.model.dtype == "float32"
+    tolerance = settings.tolerance or (1e-4 if exact else 0.05)
+    sampler = VllmServed(settings.url) if settings.url else VllmProcess(settings, dtype)
+    # On a CPU vLLM keeps its old weights.
+    in_place = policy.device.type != "cpu"
+    return VllmGenerator(sampler, policy, config.rollout.temperature, tolerance, in_place)

@@ -22,3 +22,8 @@ def uniforms(streams: Sequence[StreamKey], length: int) -> np.ndarray:
     for row, key in zip(rows, streams, strict=True):
         philox(key.seed, key.purpose, key.step, key.prompt_id, key.slot).random(out=row)
     return rows
+
+
+def row_seed(key: StreamKey) -> int:
+    """An integer seed in [0, 2⁶³), for engines that draw by themselves: a function of the stream's key alone."""
+    return int(philox(key.seed, key.purpose, key.step, key.prompt_id, key.slot).integers(2**63))

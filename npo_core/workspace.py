@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from npo_core import lineage
 from npo_core.artifacts import RunArtifacts
 from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
-from npo_core.interfaces import LocalCheckpoint, NearFutureError, Prompt
+from npo_core.interfaces import Generator, LocalCheckpoint, NearFutureError, Prompt
 from npo_core.policy import Policy, choose_device, device_name
 from npo_core.prompts import PromptTable, encode, load_verifier
 from npo_core.rows import EVERY_ROW, Where, read_rows
@@ -50,6 +50,7 @@ class Workspace:
         self._engine: Engine | None = None
         self._holds: tuple[str, float | None] | None = None
         # Checkpoint and learning rate; no rate: weights alone.
+        self._frozen_holds: str | None = None
 
     @classmethod
     def of(cls, run: RunArtifacts) -> Workspace:
@@ -147,6 +148,22 @@ class Workspace:
                 engine.generator.load(local)
         self._holds = (ref.digest, rate if optimizer else None)
         return engine
+
+    def sampling(self, work: Literal["guide", "evaluation"], ref: CheckpointRef) -> Generator:
+        """What samples this work, holding this checkpoint.
+
+        Raises:
+            NearFutureError: the checkpoint is missing or damaged, or vLLM does not hold it.
+        """
+        engine = self.holding(ref, optimizer=False)
+        if work not in self.config.vllm.samples:
+            return engine.generator
+        if self._frozen_holds != ref.digest:
+            self._frozen_holds = None
+            with self._checked_out(ref, weights_only=True) as local:
+                engine.frozen.load(local)
+            self._frozen_holds = ref.digest
+        return engine.frozen
 
     def trained(self) -> None:
         """Forgets which checkpoint the engine holds: its weights are changing."""
@@ -252,6 +269,7 @@ def environment(config: Config) -> dict[str, str]:
         "attention": config.model.attention,
         "gradient_checkpointing": str(learner.gradient_checkpointing),
         "generator": "transformers",
+        **({"vllm": ", ".join(config.vllm.samples)} if config.vllm.samples else {}),
         "learner": "torch",
     }
 

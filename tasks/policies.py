@@ -103,14 +103,14 @@ def _sample(opened: Workspace, spec: GuideSpec, guide_id: str, asked: Sequence[s
 
     if not asked:
         return TRAJECTORIES.empty_table(), 0
-    engine = opened.holding(spec.checkpoint, optimizer=False)
+    generator = opened.sampling("guide", spec.checkpoint)
     with stage_progress(opened.run.uri, f"guide {spec.start}-{spec.stop}", len(asked)) as bar:
         return sample_answers(
             spec,
             guide_id,
             opened.run.run_id,
             [opened.prompts.get(prompt_id) for prompt_id in asked],
-            engine.generator,
+            generator,
             SamplingParams(spec.temperature, spec.max_new_tokens, opened.stop_ids),
             opened.verifier,
             opened.encode,
@@ -140,13 +140,13 @@ def evaluate_policy(run: str, checkpoint: CheckpointRef) -> EvalManifest:
     if committed is not None:
         return committed
     manifest = opened.run.require_checkpoint(checkpoint.leg_id, checkpoint.step)
-    engine = opened.holding(checkpoint, optimizer=False)
+    generator = opened.sampling("evaluation", checkpoint)
     context = opened.context(checkpoint.leg_id, manifest.weights_digest)
     prompts = len(opened.prompts.held_out())
     with stage_progress(run, f"evaluate {checkpoint.step}", prompts) as bar:
         evaluation = evaluate_policy(
             context,
-            engine.generator,
+            generator,
             checkpoint.step,
             samples,
             lambda done, correct: bar(done, {"accuracy": correct / (done * samples)}),

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from npo_core.config_file import load_config
 from npo_core.interfaces import ConfigurationError
-from schemas.config import NOT_RECIPE, Config
+from schemas.config import NOT_RECIPE, Config, VllmSection
 from schemas.future import Intervention
 from tests.command import ROOT
 
@@ -34,6 +34,7 @@ NO_RECIPE = (
     | {f"{section}.{field}" for section, fields in NOT_RECIPE.items() for field in fields}
     | {"evaluation.every", "evaluation.samples"}
     | {"retention.keep_last", "retention.keep_every", "retention.grace_hours"}
+    | {f"vllm.{name}" for name in VllmSection.model_fields}
 )
 """What does not change the numbers that training computes, but for rounding."""
 

@@ -15,7 +15,7 @@ VOCAB = 17
 STOP = 1
 
 
-def tiny_model_dir(path: Path, architecture: str = "qwen3", vocab: int = VOCAB) -> Path:
+def tiny_model_dir(path: Path, architecture: str = "qwen3", vocab: int = VOCAB, head_dim: int = 8) -> Path:
     """A model directory with random weights, spread enough that its distributions are far from uniform."""
     torch.manual_seed(0)
     sizes = {
@@ -32,7 +32,7 @@ def tiny_model_dir(path: Path, architecture: str = "qwen3", vocab: int = VOCAB) 
         "pad_token_id": 0,
     }
     if architecture == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8, tie_word_embeddings=True))
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=head_dim, tie_word_embeddings=True))
     else:
         model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
     model.save_pretrained(path)

@@ -1,0 +1,120 @@
+"""Generation by vLLM, in a process of ours or on a server of the user's.
+
+Tokens and their log-probabilities are the engine's. Entropies, and log-probabilities of given completions, come from the
+trainer's own forward: vLLM computes no entropy, and scores a prompt at temperature 1 whatever is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from npo_core.interfaces import FinishReason, LocalCheckpoint, NearFutureError, Rollouts, SamplingParams, StreamKey
+from npo_core.policy import Policy
+from npo_core.streams import philox, row_seed
+from npo_core.weight_sync import Agreement, Sync, compare, synchronize
+
+PROBE_PROMPTS, PROBE_LENGTH = 8, 12
+
+
+class Sampler(Protocol):
+    """An engine that samples."""
+
+    @property
+    def started(self) -> bool:
+        """Whether there is an engine."""
+
+    def fresh(self, model_dir: Path) -> None:
+        """A fresh engine with the weights of a model directory."""
+
+    def reload(self, model_dir: Path) -> None:
+        """Gives the engine other weights in place; whether it took them has to be checked."""
+
+    def sample(
+        self, prompts: Sequence[np.ndarray], params: SamplingParams, seeds: Sequence[int]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(completion ids, log-probabilities) of one completion a seed, prompt-major."""
+
+    def close(self) -> None:
+        """Ends the engine."""
+
+
+class VllmGenerator:
+    """Samples from an engine that holds the same weights as a policy of ours, and proves that it does at each load.
+
+    Args:
+        engine: samples.
+        policy: the trainer's, which gives the entropies and the probe's log-probabilities.
+        temperature: of the probe; the run's, so that it proves what is used.
+        tolerance: largest mean difference of the probe's log-probabilities, in nats a token.
+        in_place: whether the engine takes new weights without being built anew.
+    """
+
+    def __init__(self, engine: Sampler, policy: Policy, temperature: float, tolerance: float, in_place: bool) -> None:
+        self.engine, self.policy = engine, policy
+        self.temperature, self.tolerance, self.in_place = temperature, tolerance, in_place
+
+    def load(self, checkpoint: LocalCheckpoint) -> None:
+        """See `Generator.load`.
+
+        Raises:
+            NearFutureError: the engine does not hold these weights, even after it was started anew.
+        """
+        self.policy.load_weights(checkpoint.weights)
+        self._sync(checkpoint.weights)
+
+    def sample(
+        self, prompts: Sequence[np.ndarray], n: int, params: SamplingParams, streams: Sequence[StreamKey]
+    ) -> Rollouts:
+        """See `Generator.sample`. A row's seed is a function of its stream's key: on one engine equal keys give equal
+        samples as far as the engine computes rows independently of their batch."""
+        completion_ids, logprobs = self.engine.sample(prompts, params, [row_seed(key) for key in streams])
+        bad = sum(not np.isfinite(row).all() for row in logprobs)
+        if bad:
+            raise FloatingPointError(
+                f"vLLM's distribution is not finite in {bad} of {len(logprobs)} rows, so the weights hold NaN or inf; "
+                "start from a sound checkpoint, and lower learner.learning_rate if it diverged"
+            )
+        reasons: list[FinishReason] = ["stop" if ids[-1] in params.stop_ids else "length" for ids in completion_ids]
+        for ids, reason in zip(completion_ids, reasons, strict=True):
+            if reason == "length" and len(ids) < params.max_new_tokens:
+                raise NearFutureError(
+                    f"vLLM cut a completion off after {len(ids)} of rollout.max_new_tokens {params.max_new_tokens} "
+                    "tokens, for want of room; raise vllm.max_model_len above the longest prompt and completion"
+                )
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        entropies = self.policy.log_probs(rows, completion_ids, params.temperature)[1]
+        return Rollouts(completion_ids, logprobs, entropies, reasons)
+
+    def score(
+        self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], temperature: float
+    ) -> list[np.ndarray]:
+        """See `Generator.score`."""
+        return self.policy.log_probs(prompts, completions, temperature)[0]
+
+    def close(self) -> None:
+        """See `Generator.close`."""
+        self.engine.close()
+
+    def _sync(self, weights: Path) -> None:
+        def anew() -> None:
+            self.engine.close()
+            self.engine.fresh(weights)
+
+        fresh = Sync("a fresh engine", lambda: self.engine.fresh(weights))
+        again = Sync("a fresh engine in a fresh process", anew)
+        ways = [fresh, again]
+        if self.in_place and self.engine.started:
+            ways = [Sync("an update in place", lambda: self.engine.reload(weights)), again]
+        synchronize(ways, self.probe, self.tolerance)
+
+    def probe(self) -> Agreement:
+        """Samples from the engine, after prompts of random tokens, and compares with the policy's forward."""
+        vocabulary = self.policy.model.config.vocab_size
+        prompts = list(philox("probe").integers(0, vocabulary, (PROBE_PROMPTS, PROBE_LENGTH)).astype(np.int32))
+        params = SamplingParams(self.temperature, PROBE_LENGTH, ())
+        ids, logprobs = self.engine.sample(prompts, params, range(len(prompts)))
+        return compare(logprobs, self.policy.log_probs(prompts, ids, self.temperature)[0])

@@ -1,0 +1,148 @@
+"""vLLM's engine in a process of its own: started under a supervisor, asked over a socket, stopped by us."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import socket
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npo_core import vllm_worker
+from npo_core.interfaces import ConfigurationError, NearFutureError, SamplingParams
+from npo_core.supervised import Supervised
+from npo_core.vllm_worker import Columns, receive, send
+from schemas.config import VllmSection
+
+logger = logging.getLogger("npo")
+
+ENVIRONMENT = {
+    # The engine in the worker itself: nothing is left when it ends.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Its warnings are about its own configuration, a hundred lines an engine.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # Ours would hide vLLM's own packages.
+    "PYTHONPATH": "",
+}
+LAST_LINES = 20
+"""Lines of its output that are told when it dies."""
+
+
+class VllmProcess:
+    """Starts with the first engine that is asked for.
+
+    Args:
+        settings: the section `vllm`.
+        dtype: type of the weights.
+    """
+
+    def __init__(self, settings: VllmSection, dtype: str) -> None:
+        self.settings, self.dtype = settings, dtype
+        self._process: Supervised | None = None
+        self._socket: socket.socket | None = None
+        self._said: deque[str] = deque(maxlen=LAST_LINES)
+
+    @property
+    def started(self) -> bool:
+        """Whether there is an engine."""
+        return self._socket is not None
+
+    def fresh(self, model_dir: Path) -> None:
+        """A fresh engine with the weights of a model directory."""
+        if not self.started:
+            self._start()
+        self._ask({"request": "load", "model": str(model_dir), "options": self._options()})
+
+    def reload(self, model_dir: Path) -> None:
+        """Gives the engine other weights in place; whether it took them has to be checked."""
+        self._ask({"request": "reload", "model": str(model_dir)})
+
+    def sample(
+        self, prompts: Sequence[np.ndarray], params: SamplingParams, seeds: Sequence[int]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(completion ids, log-probabilities) of one completion a seed, prompt-major."""
+        request = {
+            "request": "sample",
+            "temperature": params.temperature,
+            "max_new_tokens": params.max_new_tokens,
+            "stop_ids": list(params.stop_ids),
+            "seeds": list(seeds),
+        }
+        columns = self._ask(request, {"prompts": list(prompts)})
+        return columns["completion_ids"], columns["logprobs"]
+
+    def close(self) -> None:
+        """Ends the process with all its children."""
+        if self._socket:
+            self._socket.close()
+        if self._process:
+            self._process.close()
+        self._socket = self._process = None
+
+    def _options(self) -> dict[str, Any]:
+        settings = self.settings
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "enforce_eager": settings.enforce_eager,
+        }
+        if settings.max_model_len is not None:
+            options["max_model_len"] = settings.max_model_len
+        if settings.tensor_parallel_size == 1:
+            options["distributed_executor_backend"] = "uni"
+        return options
+
+    def _start(self) -> None:
+        # Not resolved: a virtual environment's interpreter is a link, and knows by it where its packages are.
+        python = Path(self.settings.python).expanduser().absolute()
+        if not python.exists():
+            raise ConfigurationError(
+                f"vllm.python {python} is not there; `make setup-vllm` makes .venv-vllm, or name the interpreter of an "
+                "environment that has vLLM"
+            )
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # -P: the directory of the script is no place to import from.
+            self._process = Supervised(
+                [str(python), "-P", vllm_worker.__file__, str(theirs.fileno())],
+                ENVIRONMENT,
+                pass_fds=[theirs.fileno()],
+            )
+        self._socket = ours
+        # In this context, so that Prefect knows whose lines they are.
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(self._forward, self._process), daemon=True).start()
+
+    def _forward(self, process: Supervised) -> None:
+        for line in process.output:
+            text = line.decode(errors="replace").rstrip()
+            if text:
+                self._said.append(text)
+                logger.info("vllm: %s", text)
+
+    def _ask(self, header: Mapping[str, Any], columns: Columns | None = None) -> dict[str, list[np.ndarray]]:
+        assert self._socket is not None
+        try:
+            send(self._socket, header, columns)
+            reply, rows = receive(self._socket)
+        except (EOFError, OSError) as error:
+            said = "\n".join(self._said)
+            self.close()
+            raise NearFutureError(
+                f"vLLM's process ended while it was asked to {header['request']} ({error}); run again, and if memory "
+                f"is short lower vllm.gpu_memory_utilization or vllm.max_model_len. It said last:\n{said}"
+            ) from error
+        if "error" in reply:
+            raise NearFutureError(
+                f"vLLM could not {header['request']}: {reply['error']}; its lines above say more, the section vllm "
+                "holds its options"
+            )
+        return rows

@@ -1,0 +1,89 @@
+"""A `vllm serve` of the user's: it holds one checkpoint, and samples from it by HTTP."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npo_core.interfaces import NearFutureError, SamplingParams
+
+REQUESTS_AT_ONCE = 64
+TIMEOUT_S = 600.0
+
+
+class VllmServed:
+    """Asks for one completion a request: a row's seed is its own.
+
+    Args:
+        url: the server's address, without `/v1`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._model: str | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether it has answered."""
+        return self._model is not None
+
+    def fresh(self, model_dir: Path) -> None:
+        """Finds out what it serves; it cannot be given these weights, and the probe tells whether it has them."""
+        self._model = self._ask("/v1/models")["data"][0]["id"]
+
+    def reload(self, model_dir: Path) -> None:
+        """As `fresh`."""
+        self.fresh(model_dir)
+
+    def sample(
+        self, prompts: Sequence[np.ndarray], params: SamplingParams, seeds: Sequence[int]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(completion ids, log-probabilities) of one completion a seed, prompt-major."""
+        per_prompt = len(seeds) // len(prompts)
+        rows = [prompt.tolist() for prompt in prompts for _ in range(per_prompt)]
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            choices = list(pool.map(lambda row, seed: self._complete(row, seed, params), rows, seeds))
+        ids = [np.array(choice["token_ids"], np.int32) for choice in choices]
+        return ids, [np.array(choice["logprobs"]["token_logprobs"], np.float32) for choice in choices]
+
+    def close(self) -> None:
+        """Nothing of it is ours."""
+        self._model = None
+
+    def _complete(self, prompt: list[int], seed: int, params: SamplingParams) -> dict[str, Any]:
+        request = {
+            "model": self._model,
+            "prompt": prompt,
+            "temperature": params.temperature,
+            "max_tokens": params.max_new_tokens,
+            "stop_token_ids": list(params.stop_ids),
+            "seed": seed,
+            "logprobs": 0,
+            "return_token_ids": True,
+            # The stop tokens are ours alone, and the server's defaults none of our sampling.
+            "ignore_eos": True,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+        return self._ask("/v1/completions", request)["choices"][0]
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            reason = f"answers {error.code}: {error.read(500).decode(errors='replace')}"
+        except (OSError, ValueError) as error:
+            reason = f"does not answer ({error})"
+        raise NearFutureError(f"vllm.url {self.url}{path} {reason}; start `vllm serve` there, or leave vllm.url out")

@@ -1,0 +1,86 @@
+"""The process around vLLM as far as it goes without vLLM: frames, and what is said when it cannot start."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npo_core.interfaces import ConfigurationError, NearFutureError, StreamKey
+from npo_core.streams import row_seed
+from npo_core.vllm_process import VllmProcess
+from npo_core.vllm_served import VllmServed
+from npo_core.vllm_worker import receive, send
+from schemas.config import VllmSection
+
+RAGGED = st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5), max_size=5)
+
+
+@given(ids=RAGGED, logprobs=RAGGED)
+def test_a_frame_arrives_as_it_was_sent(ids: list[list[int]], logprobs: list[list[int]]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sent = {"ids": [np.array(row, np.int32) for row in ids], "lp": [np.array(row, np.float32) for row in logprobs]}
+        send(ours, {"request": "sample", "seeds": [2**63 - 1]}, sent)
+        header, columns = receive(theirs)
+    assert header == {"request": "sample", "seeds": [2**63 - 1]}
+    for name, rows in sent.items():
+        assert len(columns[name]) == len(rows)
+        for got, want in zip(columns[name], rows, strict=True):
+            np.testing.assert_array_equal(got, want)
+            assert got.dtype == want.dtype
+
+
+def test_a_closed_socket_is_an_end_not_half_a_frame() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        with ours:
+            ours.sendall(b"\0\0\0")
+        with pytest.raises(EOFError):
+            receive(theirs)
+
+
+def test_a_missing_environment_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    process = VllmProcess(VllmSection(python=str(tmp_path / "python")), "float32")
+    with pytest.raises(ConfigurationError, match=r"vllm\.python .*/python is not there; `make setup-vllm`"):
+        process.fresh(tmp_path)
+
+
+def test_an_environment_without_vllm_is_told_by_what_its_process_says(tmp_path: Path) -> None:
+    process = VllmProcess(VllmSection(python=sys.executable), "float32")
+    with pytest.raises(NearFutureError, match="could not load: ModuleNotFoundError: No module named 'vllm'"):
+        process.fresh(tmp_path)
+    process.close()
+    assert not process.started
+
+
+def test_a_process_that_dies_is_told_with_its_last_words(tmp_path: Path) -> None:
+    dying = tmp_path / "python"
+    dying.write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
+    os.chmod(dying, 0o755)
+    process = VllmProcess(VllmSection(python=str(dying)), "float32")
+    with pytest.raises(NearFutureError, match=r"(?s)ended while it was asked to load.*out of memory"):
+        process.fresh(tmp_path)
+    assert not process.started
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(NearFutureError, match=rf"vllm\.url {url}/v1/models does not answer"):
+            VllmServed(url).fresh(tmp_path)
+
+
+def test_a_rows_seed_is_its_keys_alone_and_fits_64_bits() -> None:
+    keys = [StreamKey(3, "guide", 5, f"p{p}", slot) for p in range(20) for slot in range(5)]
+    seeds = [row_seed(key) for key in keys]
+    assert len(set(seeds)) == len(keys)
+    assert seeds[7] == row_seed(keys[7])
+    assert all(0 <= seed < 2**63 for seed in seeds)

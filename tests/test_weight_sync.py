@@ -1,0 +1,53 @@
+"""The guard of a weight sync: what it compares, what it tries, and what it says when nothing helps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from npo_core.interfaces import NearFutureError
+from npo_core.weight_sync import Agreement, Sync, compare, synchronize
+
+GOOD, BAD = Agreement(10, 1e-6, 1e-5), Agreement(10, 0.7, 2.0)
+
+
+def rows(*values: list[float]) -> list[np.ndarray]:
+    return [np.array(row, np.float32) for row in values]
+
+
+def test_the_agreement_is_over_tokens_not_rows() -> None:
+    agreement = compare(rows([-1.0, -2.0, -3.0], [-4.0]), rows([-1.0, -2.0, -3.0], [-2.0]))
+    assert (agreement.tokens, agreement.mean, agreement.largest) == (4, 0.5, 2.0)
+    assert agreement.within(0.5)
+    assert not agreement.within(0.49)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_what_is_not_finite_never_agrees(bad: float) -> None:
+    assert not compare(rows([bad, -1.0]), rows([-1.0, -1.0])).within(1e9)
+
+
+def ways(tried: list[str]) -> list[Sync]:
+    return [Sync(name, lambda name=name: tried.append(name)) for name in ("in place", "fresh")]  # type: ignore[misc]
+
+
+def test_the_first_way_that_agrees_is_the_last() -> None:
+    tried: list[str] = []
+    assert synchronize(ways(tried), lambda: GOOD, 1e-4) == GOOD
+    assert tried == ["in place"]
+
+
+def test_after_a_sync_that_changed_nothing_comes_the_next_way() -> None:
+    tried: list[str] = []
+    assert synchronize(ways(tried), lambda: GOOD if "fresh" in tried else BAD, 1e-4) == GOOD
+    assert tried == ["in place", "fresh"]
+
+
+def test_when_no_way_agrees_the_figures_of_all_are_told() -> None:
+    tried: list[str] = []
+    with pytest.raises(NearFutureError) as raised:
+        synchronize(ways(tried), lambda: BAD, 1e-4)
+    said = str(raised.value)
+    assert tried == ["in place", "fresh"]
+    assert said.count("7.00e-01") == 2
+    assert all(word in said for word in ("in place", "fresh", "vllm.tolerance 0.0001"))

@@ -1,7 +1,7 @@
 """Generation by vLLM, in a process of ours or on a server of the user's.
 
-Tokens and their log-probabilities are the engine's. Entropies, and log-probabilities of given completions, come from the
-trainer's own forward: vLLM computes no entropy, and scores a prompt at temperature 1 whatever is asked.
+Tokens and their log-probabilities are the engine's. Entropies, and log-probabilities of given completions, come from
+the trainer's own forward: vLLM computes no entropy, and scores a prompt at temperature 1 whatever is asked.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ completion, L tokens of a prompt, N tokens of a flat chunk, H hidden size, V voc
 
 What lies where:
 
-- the mathematics (numbers in, numbers out): advantages, losses, logprobs, mixing, groups, padding, streams, coverage
+- the mathematics (numbers in, numbers out): advantages, losses, logprobs, mixing, groups, padding, streams, coverage,
+  mismatch
 - AutoNPO: monitor, tip, probe, signal, controller, confirm, explain, signal_study
 - one segment and its engine: segment, engine, policy, generate, learner, evaluate, memory, progress, supervised
 - vLLM: vllm_generator, vllm_process, vllm_worker, vllm_served, weight_sync

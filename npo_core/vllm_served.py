@@ -67,6 +67,8 @@ class VllmServed:
             "seed": seed,
             "logprobs": 0,
             "return_token_ids": True,
+            # Spares the server the text.
+            "return_tokens_as_token_ids": True,
             # The stop tokens are ours alone, and the server's defaults none of our sampling.
             "ignore_eos": True,
             "top_p": 1.0,

@@ -169,10 +169,13 @@ def test_a_server_of_the_users_serves_the_checkpoint_that_it_holds(testbed: Path
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "64"]
-    options += ["--enforce-eager", "--logprobs-mode", "processed_logprobs"]
+    # The testbed's tokenizer knows its symbols alone, and the server would try words on it.
+    options += ["--enforce-eager", "--logprobs-mode", "processed_logprobs", "--skip-tokenizer-init"]
     environment = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with (tmp_path / "log").open("wb") as log:
-        server = Supervised([str(BIN / "vllm"), "serve", str(testbed), *options], environment, output=log)
+        # What `vllm serve` starts; the command itself looks for a package named vllm, which vllm-cpu is not.
+        command = [str(BIN / "python"), "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(testbed)]
+        server = Supervised([*command, *options], environment, output=log)
     try:
         wait_for(f"{url}/health", server, tmp_path / "log")
         policy = Policy(testbed, ModelSection(), LearnerSection(device="cpu"))

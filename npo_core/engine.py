@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from npo_core.deepspeed_learner import DeepSpeedLearner
 from npo_core.generate import TransformersGenerator
 from npo_core.interfaces import Generator, Learner
 from npo_core.learner import TorchLearner
@@ -26,7 +27,8 @@ class Engine:
     def build(
         cls, config: Config, model_dir: Path, starting_policy: Callable[[Callable[[Path], Policy]], Policy]
     ) -> Engine:
-        """transformers and torch in this process, sharing one set of weights.
+        """transformers in this process, and the learner that the configuration names: torch shares the generator's
+        weights, DeepSpeed hands its new ones over after every step.
 
         Args:
             config: the run's.
@@ -43,4 +45,5 @@ class Engine:
         torch.use_deterministic_algorithms(choose_device(config.learner.device).type == "cpu")
         policy = load(model_dir)
         reference = starting_policy(load) if config.algorithm.kl_beta > 0 else None
-        return cls(TransformersGenerator(policy, config.rollout.max_rows), TorchLearner(policy, config, reference))
+        learner = DeepSpeedLearner if config.learner.engine == "deepspeed" else TorchLearner
+        return cls(TransformersGenerator(policy, config.rollout.max_rows), learner(policy, config, reference))

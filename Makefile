@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup setup-dev demo test check bench soak browser clean
+.PHONY: help setup setup-dev setup-deepspeed demo test check bench soak browser clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,13 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install -q -e '.[dev,bench,trackers]'
+	@touch $@
+
+setup-deepspeed: $(VENV)/.deepspeed  ## DeepSpeed in .venv
+
+# Its setup.py imports torch, which an isolated build would not find.
+$(VENV)/.deepspeed: $(VENV)/.core
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[deepspeed]'
 	@touch $@
 
 demo: setup  ## GRPO and NPO on the embedded testbed, compared

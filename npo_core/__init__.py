@@ -7,7 +7,8 @@ What lies where:
 
 - the mathematics (numbers in, numbers out): advantages, losses, logprobs, mixing, groups, padding, streams, coverage
 - AutoNPO: monitor, tip, probe, signal, controller, confirm, explain, signal_study
-- one segment and its engine: segment, engine, policy, generate, learner, evaluate, memory, progress, supervised
+- one segment and its engine: segment, engine, policy, generate, learner, evaluate, memory, progress, supervised,
+  update; DeepSpeed: deepspeed_learner, deepspeed_messages, frames, launch; in its ranks deepspeed_worker, ranks, zero
 - guides: guide, guide_sources
 - data and answers: prompts, testbed
 - a run and its tree of legs: begin, workspace, run_config, artifacts, run_files, legs, checkpoints, lineage, faults

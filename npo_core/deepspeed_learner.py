@@ -143,7 +143,7 @@ class Group:
             frames.send(self._connection, frames.pack(command, arrays))
             self._wait_for(self._connection)
             return frames.unpack(frames.receive(self._connection))
-        except frames.Disconnected:
+        except frames.DisconnectedError:
             raise self._failure() from None
 
     def _wait_for(self, readable: socket.socket) -> None:

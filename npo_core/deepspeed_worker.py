@@ -89,7 +89,7 @@ def serve(session: Path) -> None:
         try:
             while True:
                 frames.send(connection, worker.run(ranks.share(frames.receive(connection))))
-        except frames.Disconnected:
+        except frames.DisconnectedError:
             ranks.share(b"")
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 _LENGTH = struct.Struct(">Q")
 
 
-class Disconnected(Exception):
+class DisconnectedError(Exception):
     """The other side is gone."""
 
 
@@ -34,19 +34,19 @@ def send(connection: socket.socket, message: bytes) -> None:
     """Sends a message.
 
     Raises:
-        Disconnected: nobody is there to take it.
+        DisconnectedError: nobody is there to take it.
     """
     try:
         connection.sendall(_LENGTH.pack(len(message)) + message)
     except OSError as error:
-        raise Disconnected from error
+        raise DisconnectedError from error
 
 
 def receive(connection: socket.socket) -> bytes:
     """The next message.
 
     Raises:
-        Disconnected: there comes no more.
+        DisconnectedError: there comes no more.
     """
     return _exactly(connection, _LENGTH.unpack(_exactly(connection, _LENGTH.size))[0])
 
@@ -74,8 +74,8 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
         try:
             part = connection.recv(min(size - len(received), 1 << 20))
         except OSError as error:
-            raise Disconnected from error
+            raise DisconnectedError from error
         if not part:
-            raise Disconnected
+            raise DisconnectedError
         received += part
     return bytes(received)

@@ -76,7 +76,7 @@ class ZeroPolicy:
             fused=True,
         )
         self.engine, *_ = deepspeed.initialize(
-            model=Forward(policy), optimizer=self.optimizer, config=deepspeed_config(config, self.model.config)
+            model=Forward(policy), optimizer=self.optimizer, config=deepspeed_config(config, self.model)
         )
         if self._stage == 3:
             deepspeed.zero.register_external_parameter(self.engine.module, self.model.get_output_embeddings().weight)
@@ -249,17 +249,23 @@ def deepspeed_config(config: Config, model: Any) -> dict[str, Any]:
 
     Args:
         config: the run's.
-        model: the transformers configuration.
+        model: the transformers model.
     """
     section = config.deepspeed
-    zero: dict[str, Any] = {"stage": section.zero_stage}
+    # DeepSpeed allocates whole buckets in every pass, half a billion elements each by default.
+    bucket = min(500_000_000, sum(p.numel() for p in model.parameters()))
+    zero: dict[str, Any] = {
+        "stage": section.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
     if section.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if section.offload_param:
         zero["offload_param"] = {"device": "cpu"}
     if section.zero_stage == 3:
         # Vectors, as of norms, stay whole on every rank; matrices are split, however small the model.
-        zero["stage3_param_persistence_threshold"] = model.get_text_config().hidden_size
+        zero["stage3_param_persistence_threshold"] = model.config.get_text_config().hidden_size
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

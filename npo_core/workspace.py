@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.metadata
 import logging
 import platform
 import tempfile
@@ -270,8 +271,22 @@ def environment(config: Config) -> dict[str, str]:
         "gradient_checkpointing": str(learner.gradient_checkpointing),
         "generator": "transformers",
         **({"vllm": ", ".join(config.vllm.samples)} if config.vllm.samples else {}),
-        "learner": "torch",
+        "learner": _learner_name(config),
     }
+
+
+def _learner_name(config: Config) -> str:
+    """The learner's engine; DeepSpeed's with its version and how it is spread, which changes sums by rounding."""
+    if config.learner.engine == "torch":
+        return "torch"
+    spread = config.deepspeed
+    parts = [
+        f"deepspeed {importlib.metadata.version('deepspeed')}",
+        f"{spread.ranks} ranks",
+        f"ZeRO {spread.zero_stage}",
+    ]
+    parts += [name for name in ("offload_optimizer", "offload_param") if getattr(spread, name)]
+    return ", ".join(parts + ([f"on the hosts of {spread.hostfile}"] if spread.hostfile else []))
 
 
 def warn_of_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:

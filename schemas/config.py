@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from schemas.deepspeed import DeepSpeedSection
 from schemas.future import AutoNPOSection, FutureSection
 from schemas.section import Section
 
@@ -131,6 +132,8 @@ class RolloutSection(Section):
 class LearnerSection(Section):
     """The optimizer and the shape of an update."""
 
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """`torch`: in the segment's process. `deepspeed`: in processes of its own, as the section `deepspeed` says."""
     learning_rate: float = Field(1e-4, gt=0, le=1)
     """AdamW's peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
@@ -248,6 +251,7 @@ NOT_RECIPE = {
     "model": ("attention",),
     "rollout": ("max_rows",),
     "learner": (
+        "engine",
         "threads",
         "device",
         "micro_batch_tokens",
@@ -274,6 +278,8 @@ class Config(Section):
     """How rollouts are sampled."""
     learner: LearnerSection = LearnerSection()
     """How the weights are updated."""
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    """By how many processes."""
     algorithm: AlgorithmSection = AlgorithmSection()
     """By which objective."""
     future: FutureSection = FutureSection()
@@ -329,6 +335,8 @@ class Config(Section):
                 f"future.scout.prompts_per_step {scout_prompts} exceeds rollout.prompts_per_step "
                 f"{self.rollout.prompts_per_step}; a scout sees a part of each batch"
             )
+        if self.learner.engine == "deepspeed":
+            self._require_deepspeed_can()
         for intervention in self.future.interventions:
             if intervention.stop > self.run.total_steps:
                 raise ValueError(
@@ -336,6 +344,20 @@ class Config(Section):
                     f"{self.run.total_steps}; raise run.total_steps or shorten the window"
                 )
         return self
+
+    def _require_deepspeed_can(self) -> None:
+        if self.model.dtype == "float64":
+            raise ValueError("model.dtype float64 is not DeepSpeed's; use float32, or learner.engine torch")
+        if self.model.dtype == "bfloat16" and self.deepspeed.zero_stage == 0:
+            raise ValueError(
+                "deepspeed.zero_stage 0 with model.dtype bfloat16 is not supported: its float32 weights could not be "
+                "saved; use zero_stage 1 to 3, or float32"
+            )
+        if ":" in self.learner.device:
+            raise ValueError(
+                f"learner.device {self.learner.device} names one GPU, but each rank of learner.engine deepspeed takes "
+                "its own; use cuda, and CUDA_VISIBLE_DEVICES to choose"
+            )
 
     def scout(self) -> Config:
         """The configuration of the future leg: this one under `future.scout`'s overrides."""
@@ -354,7 +376,7 @@ class Config(Section):
 
         Two configurations with equal recipes may continue each other's run.
         """
-        recipe = self.model_dump(mode="json", exclude={"evaluation", "retention", "vllm"})
+        recipe = self.model_dump(mode="json", exclude={"evaluation", "retention", "vllm", "deepspeed"})
         recipe["run"] = {"seed": self.run.seed}
         for section, fields in NOT_RECIPE.items():
             for field in fields:

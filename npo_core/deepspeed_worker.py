@@ -1,0 +1,126 @@
+"""A rank of the DeepSpeed learner: `torchrun … -m npo_core.deepspeed_worker SESSION`.
+
+SESSION is the directory of `npo_core.deepspeed_learner`: its `config.json`, the socket at which the first rank takes
+commands, and for every rank that fails a `failed-RANK.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from npo_core import frames
+from npo_core.deepspeed_messages import CONFIG_FILE, FAILURE, PAIR, SOCKET, batch_of
+from npo_core.interfaces import LocalCheckpoint
+from npo_core.policy import choose_device
+from npo_core.ranks import Ranks
+from npo_core.zero import ZeroPolicy
+from schemas.config import Config
+
+
+class Worker:
+    """Carries out commands, in every rank the same ones."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self._policy: ZeroPolicy | None = None
+
+    def run(self, message: bytes) -> bytes:
+        """Carries out one command; the answer counts in the first rank."""
+        command, arrays = frames.unpack(message)
+        match command["do"]:
+            case "load":
+                if self._policy is not None:
+                    self._policy.close()
+                checkpoint = LocalCheckpoint(Path(command["path"]), command["digest"], command["step"])
+                self._policy = ZeroPolicy(self.config, self.ranks, checkpoint, command["learning_rate"])
+                return frames.pack({})
+            case "step":
+                return frames.pack(self.policy.step(*batch_of(command["step"], arrays)))
+            case "log_probs":
+                logps, entropies = self.policy.log_probs(*(frames.rows_of(name, arrays) for name in PAIR))
+                return frames.pack(
+                    {}, frames.ragged("logps", logps, np.float32) | frames.ragged("entropies", entropies, np.float32)
+                )
+            case "write_weights":
+                self.policy.write_weights(Path(command["path"]))
+                return frames.pack({})
+            case "save":
+                self.policy.save(Path(command["path"]))
+                return frames.pack({})
+        raise ValueError(f"unknown command {command['do']!r}")
+
+    @property
+    def policy(self) -> ZeroPolicy:
+        """What was loaded."""
+        assert self._policy is not None, "nothing is loaded"
+        return self._policy
+
+
+def serve(session: Path) -> None:
+    """Carries out the learner's commands until it is gone."""
+    config = Config.model_validate_json((session / CONFIG_FILE).read_text())
+    device = choose_device(config.learner.device)
+    torch.set_num_threads(config.learner.threads)
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
+    ranks = Ranks(device.type == "cuda")
+    worker = Worker(config, ranks)
+    if not ranks.first:
+        while message := ranks.share(None):
+            worker.run(message)
+        return
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(session / SOCKET))
+        try:
+            while True:
+                frames.send(connection, worker.run(ranks.share(frames.receive(connection))))
+        except frames.DisconnectedError:
+            ranks.share(b"")
+
+
+def end_with_the_launcher() -> None:
+    """Ends this process when its launcher has ended, however it did: torchrun's ranks are not in its process group."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(session: Path) -> None:
+    """Runs a rank; its failure is written down for the learner and goes on to the log."""
+    end_with_the_launcher()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls what torch has renamed, once a layer and step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    try:
+        serve(session)
+    except Exception as error:
+        rank = os.environ.get("RANK", "0")
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        failure = {"rank": int(rank), "type": type(error).__name__, "reason": reason, "at": time.time_ns()}
+        (session / FAILURE.format(rank)).write_text(json.dumps(failure))
+        raise
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

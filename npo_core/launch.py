@@ -1,0 +1,59 @@
+"""The commands that start a learner's ranks, on this machine or on several."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from npo_core.interfaces import ConfigurationError
+from schemas.deepspeed import DeepSpeedSection
+
+WORKER = "npo_core.deepspeed_worker"
+
+
+def launch_command(section: DeepSpeedSection, session: Path) -> list[str]:
+    """torchrun on this machine; with a hostfile DeepSpeed's launcher, which starts every host's ranks over ssh.
+
+    Args:
+        section: ranks and hostfile.
+        session: what the worker is given.
+
+    Raises:
+        ConfigurationError: the hostfile is missing or wrong.
+    """
+    if section.hostfile is None:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [*torchrun, f"--nproc_per_node={section.ranks}", "--module", WORKER, str(session)]
+    first = hosts(section)[0]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={section.hostfile}"]
+    options = [f"--num_gpus={section.ranks}", f"--master_addr={first}", "--no_local_rank", "--module"]
+    return [*launcher, *options, WORKER, str(session)]
+
+
+def hosts(section: DeepSpeedSection) -> list[str]:
+    """The hosts of the hostfile, this machine first.
+
+    Raises:
+        ConfigurationError: it cannot be read, a line is wrong, or a host has fewer slots than `deepspeed.ranks`.
+    """
+    path = Path(section.hostfile or "").expanduser()
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ConfigurationError(f"deepspeed.hostfile {path} cannot be read: {error.strerror}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if len(words) != 2 or not words[1].removeprefix("slots=").isdigit() or not words[1].startswith("slots="):
+            raise ConfigurationError(f"deepspeed.hostfile {path}, line {number}: {line!r} is not `HOST slots=N`")
+        if int(words[1].removeprefix("slots=")) < section.ranks:
+            raise ConfigurationError(
+                f"deepspeed.hostfile {path}, line {number}: {words[0]} has {words[1]}, fewer than deepspeed.ranks "
+                f"{section.ranks}; lower deepspeed.ranks"
+            )
+        found.append(words[0])
+    if not found:
+        raise ConfigurationError(f"deepspeed.hostfile {path} names no host; write lines `HOST slots=N`")
+    return found

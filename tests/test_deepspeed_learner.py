@@ -1,0 +1,186 @@
+"""DeepSpeed computes what the torch learner does, takes over its runs and gives them back, and leaves no process."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from npo_core.deepspeed_learner import DeepSpeedLearner
+from npo_core.interfaces import LocalCheckpoint, NearFutureError
+from npo_core.learner import TorchLearner
+from schemas.config import Config
+from tests.command import ROOT
+from tests.test_learner import RATE, batch, config
+from tests.tiny import VOCAB, tiny_policy
+
+pytestmark = [pytest.mark.engines, pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="no DeepSpeed")]
+
+TOLERANCE = 2e-6
+"""Relative L2 distance of weights after six steps: float32 sums in another order."""
+
+
+def settings(ranks: int, stage: int, **learner: Any) -> Config:
+    return config(
+        learner={"engine": "deepspeed", "micro_batch_tokens": 40, "warmup_steps": 4, "max_grad_norm": 0.1, **learner},
+        deepspeed={"ranks": ranks, "zero_stage": stage},
+    )
+
+
+@contextmanager
+def deepspeed(path: Path, settings_: Config) -> Iterator[DeepSpeedLearner]:
+    learner = DeepSpeedLearner(tiny_policy(path), settings_)
+    try:
+        yield learner
+    finally:
+        learner.close()
+
+
+def torch_learner(path: Path, settings_: Config) -> TorchLearner:
+    return TorchLearner(tiny_policy(path, micro_batch_tokens=40), settings_)
+
+
+def steps(learner: Any, start: int, stop: int) -> list[dict[str, float]]:
+    # One batch has rows of one group only, one has no gradient at all.
+    groups = [(1,), (), (0, 2), (0, 1, 2), (1,), ()]
+    return [learner.step(batch(step, groups[step])) for step in range(start, stop)]
+
+
+def distance(one: Path, other: Path) -> float:
+    """Relative L2 distance of two saved checkpoints' weights."""
+    a, b = (load_file(path / "weights" / "model.safetensors") for path in (one, other))
+    assert a.keys() == b.keys()
+    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
+    return (difference / sum(float(value.double().square().sum()) for value in b.values())) ** 0.5
+
+
+def start(path: Path, settings_: Config) -> LocalCheckpoint:
+    """A checkpoint of the first step."""
+    torch_learner(path / "model", settings_).save(path / "start")
+    return LocalCheckpoint(path / "start", "0" * 64, 0)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_it_computes_what_torch_does_and_they_take_over_from_each_other(tmp_path: Path, ranks: int, stage: int) -> None:
+    settings_ = settings(ranks, stage)
+    first = start(tmp_path, settings_)
+    alone = torch_learner(tmp_path / "alone", settings_)
+    alone.load(first, RATE)
+    wanted = steps(alone, 0, 3)
+    alone.save(tmp_path / "torch-3")
+    wanted += steps(alone, 3, 6)
+    alone.save(tmp_path / "torch-6")
+    with deepspeed(tmp_path / "ours", settings_) as ours:
+        ours.load(first, RATE)
+        found = steps(ours, 0, 3)
+        ours.save(tmp_path / "deepspeed-3")
+        found += steps(ours, 3, 6)
+        ours.save(tmp_path / "deepspeed-6")
+        logps = ours.log_probs(batch(0).prompt_ids, batch(0).completion_ids)
+        ours.load(LocalCheckpoint(tmp_path / "torch-3", "0" * 64, 3), RATE)
+        steps(ours, 3, 6)
+        ours.save(tmp_path / "taken-over-6")
+    in_torch = alone.log_probs(batch(0).prompt_ids, batch(0).completion_ids)
+    alone.load(LocalCheckpoint(tmp_path / "deepspeed-3", "0" * 64, 3), RATE)
+    steps(alone, 3, 6)
+    alone.save(tmp_path / "given-back-6")
+    for name in ("deepspeed-6", "taken-over-6", "given-back-6"):
+        print(ranks, stage, name, distance(tmp_path / name, tmp_path / "torch-6"))
+        assert distance(tmp_path / name, tmp_path / "torch-6") < TOLERANCE
+    for ours_, theirs in zip(found, wanted, strict=True):
+        assert ours_ == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    for one, other in zip(logps, in_torch, strict=True):
+        assert np.concatenate(one) == pytest.approx(np.concatenate(other), rel=1e-4, abs=1e-4)
+
+
+def processes(learner: DeepSpeedLearner) -> list[psutil.Process]:
+    """Of the learner's group: launcher, supervisor, ranks."""
+    assert learner._group is not None
+    session = str(learner._group.session)
+    return [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and session in shown(p)]
+
+
+def shown(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def ends(group: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(group, timeout=60)[1]
+
+
+def test_a_rank_that_fails_is_named_and_takes_the_others_along(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings_ = settings(2, 2)
+    first = start(tmp_path, settings_)
+    caplog.set_level(logging.INFO, logger="npo")
+    with deepspeed(tmp_path / "ours", settings_) as ours:
+        ours.load(first, RATE)
+        group = processes(ours)
+        assert len(group) == 4
+        wrong = batch(1, ())
+        # One row is of no token that the model knows: that of the second rank, as it is the second longest.
+        order = sorted(range(12), key=lambda i: -len(wrong.prompt_ids[i]) - len(wrong.completion_ids[i]))
+        wrong.completion_ids[order[1]][0] = VOCAB + 5
+        with pytest.raises(NearFutureError, match=r"rank 1 of 2: IndexError: .*; the log has its traceback") as raised:
+            ours.step(wrong)
+        assert "\n" not in str(raised.value)
+        assert "Traceback (most recent call last)" in caplog.text
+        assert ends(group)
+        ours.load(first, RATE)
+        assert steps(ours, 0, 1), "a fresh group takes its place"
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
+    settings_ = settings(2, 0)
+    first = start(tmp_path, settings_)
+    with deepspeed(tmp_path / "ours", settings_) as ours:
+        ours.load(first, RATE)
+        group = processes(ours)
+        next(p for p in group if "deepspeed_worker" in shown(p) and p.environ().get("RANK") == "1").kill()
+        with pytest.raises(NearFutureError, match=r"rank 1 of 2 was ended from outside \(exit code -9\)"):
+            steps(ours, 0, 1)
+        assert ends(group)
+
+
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
+    settings_ = settings(1, 1)
+    first = start(tmp_path, settings_)
+    with deepspeed(tmp_path / "ours", settings_) as ours:
+        ours.load(first, RATE)
+        broken = batch(1, ())
+        broken.advantages_B[3] = np.nan
+        with pytest.raises(FloatingPointError, match="step 1"):
+            ours.step(broken)
+
+
+def test_killed_we_leave_no_process(tmp_path: Path) -> None:
+    first = start(tmp_path, settings(2, 1))
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from npo_core.interfaces import LocalCheckpoint\n"
+        "from tests.test_deepspeed_learner import DeepSpeedLearner, RATE, processes, settings, tiny_policy\n"
+        f"learner = DeepSpeedLearner(tiny_policy(Path({str(tmp_path / 'theirs')!r})), settings(2, 1))\n"
+        f"learner.load(LocalCheckpoint(Path({str(first.path)!r}), '0' * 64, 0), RATE)\n"
+        "print('up', *(p.pid for p in processes(learner)), flush=True); time.sleep(1000)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        up = next(line for line in parent.stdout if line.startswith("up"))
+        group = [psutil.Process(int(pid)) for pid in up.split()[1:]]
+        assert len(group) == 4
+        parent.send_signal(signal.SIGKILL)
+    assert ends(group)

@@ -10,8 +10,8 @@ from prefect import flow
 from pydantic import Field
 
 from flows.deployed import OPTIONS
-from schemas.config import WITHOUT_CREDENTIALS
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord, SignalManifest
+from schemas.urls import WITHOUT_CREDENTIALS
 from tasks.again import do_again
 from tasks.artifacts import publish_metrics, publish_summary, stage_progress
 from tasks.decisions import record_schedule

@@ -13,7 +13,7 @@ from npo_core.advantages import group_advantages
 from npo_core.guide import GuideTrajectories, GuideTrajectory
 from npo_core.interfaces import FinishReason, Prompt, Rollouts, Verdict
 from npo_core.mixing import plan_replacement
-from schemas.config import AlgorithmSection
+from schemas.algorithm import AlgorithmSection
 from schemas.records import SCHEMA_VERSION
 
 

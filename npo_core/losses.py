@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from schemas.config import AlgorithmSection
+from schemas.algorithm import AlgorithmSection
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to ± this, in nats: exp(20) ≈ 5·10⁸ is a broken run, but it does not overflow."""

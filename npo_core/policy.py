@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.logprobs import linear_logprobs
 from npo_core.padding import length_sorted_batches, pad
-from schemas.config import LearnerSection, ModelSection
+from schemas.learner import LearnerSection
+from schemas.model import ModelSection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

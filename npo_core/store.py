@@ -24,9 +24,9 @@ from pydantic import ValidationError
 from npo_core.interfaces import ConfigurationError, ManifestT, NearFutureError, RecordT, StoredObject
 from npo_core.objects import CHUNK_BYTES, LocalObjects, Objects
 from schemas import layout
-from schemas.config import without_credentials
 from schemas.digest import canonical_json, digest_bytes
 from schemas.records import SCHEMA_VERSION, FileEntry, Record
+from schemas.urls import without_credentials
 
 READERS = 16
 """Records that are read at one time: an object store answers each in milliseconds, and all together no slower."""

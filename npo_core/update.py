@@ -17,7 +17,8 @@ from npo_core.interfaces import TrainBatch
 from npo_core.losses import LossInputs, LossSums, token_losses, token_weights
 from npo_core.padding import pad_rows
 from npo_core.policy import Policy
-from schemas.config import AlgorithmSection, RolloutSection
+from schemas.algorithm import AlgorithmSection
+from schemas.config import RolloutSection
 
 TokenLogps = Callable[[Sequence[np.ndarray], Sequence[np.ndarray], float], tuple[Tensor, Tensor, Tensor]]
 """See `Policy.token_logps`."""

@@ -17,7 +17,7 @@ from npo_core import vllm_worker
 from npo_core.interfaces import ConfigurationError, NearFutureError, SamplingParams
 from npo_core.supervised import Supervised
 from npo_core.vllm_worker import Columns, receive, send
-from schemas.config import VllmSection
+from schemas.vllm import VllmSection
 
 logger = logging.getLogger("npo")
 

@@ -15,8 +15,9 @@ from pydantic import BaseModel
 
 from npo_core.config_file import load_config
 from npo_core.interfaces import ConfigurationError
-from schemas.config import NOT_RECIPE, Config, VllmSection
+from schemas.config import NOT_RECIPE, Config
 from schemas.future import Intervention
+from schemas.vllm import VllmSection
 from tests.command import ROOT
 
 CONFIGS = sorted((ROOT / "deploy" / "configs").glob("*.yaml"))

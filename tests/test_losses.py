@@ -14,7 +14,7 @@ from torch import Tensor
 
 from npo_core.advantages import group_advantages
 from npo_core.losses import LossInputs, LossSums, TokenLosses, require_finite, token_losses, token_weights
-from schemas.config import AlgorithmSection
+from schemas.algorithm import AlgorithmSection
 
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-sum-norm")
 CORRECTIONS = ("none", "exact", "truncated", "shaped")

@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from npo_core.logprobs import linear_logprobs
 from npo_core.losses import LossInputs, LossSums, token_losses, token_weights
-from schemas.config import AlgorithmSection
+from schemas.algorithm import AlgorithmSection
 
 VOCAB, ROWS, PROMPT, COMPLETION, MAX_NEW_TOKENS = 23, 8, 4, 7, 9
 TEMPERATURE = 0.8

@@ -20,7 +20,9 @@ from npo_core.vllm_generator import VllmGenerator
 from npo_core.vllm_process import VllmProcess
 from npo_core.vllm_served import VllmServed
 from npo_core.weight_sync import Sync, compare, synchronize
-from schemas.config import LearnerSection, ModelSection, VllmSection
+from schemas.learner import LearnerSection
+from schemas.model import ModelSection
+from schemas.vllm import VllmSection
 from tests.command import ROOT, last_json, npo
 from tests.tiny import STOP, prompts_of, tiny_model_dir
 

@@ -17,7 +17,7 @@ from npo_core.streams import row_seed
 from npo_core.vllm_process import VllmProcess
 from npo_core.vllm_served import VllmServed
 from npo_core.vllm_worker import receive, send
-from schemas.config import VllmSection
+from schemas.vllm import VllmSection
 
 RAGGED = st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5), max_size=5)
 

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from npo_core.policy import Policy
-from schemas.config import LearnerSection, ModelSection
+from schemas.learner import LearnerSection
+from schemas.model import ModelSection
 
 VOCAB = 17
 STOP = 1

@@ -117,7 +117,9 @@ def main(session: Path) -> None:
         rank = os.environ.get("RANK", "0")
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         failure = {"rank": int(rank), "type": type(error).__name__, "reason": reason, "at": time.time_ns()}
-        (session / FAILURE.format(rank)).write_text(json.dumps(failure))
+        # Whole or not at all: the launcher may kill this rank for another's failure at any moment.
+        (unfinished := session / f"{rank}.unfinished").write_text(json.dumps(failure))
+        unfinished.rename(session / FAILURE.format(rank))
         raise
     dist.destroy_process_group()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import signal
 import socket
 import threading
@@ -76,7 +77,8 @@ def sample_shard(run: str, guide_id: str, spec: GuideSpec, number: int, of: int)
         if committed is not None:
             return committed
         rows, tokens = _answers(opened, spec, guide_id, spec.prompt_ids, _end_if_interrupted)
-        return opened.run.commit_shard(guide_id, spec, rows, tokens, environment(opened.config))
+        worker = {"host": socket.gethostname(), "pid": str(os.getpid())}
+        return opened.run.commit_shard(guide_id, spec, rows, tokens, environment(opened.config) | worker)
 
 
 def _answers(

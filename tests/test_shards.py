@@ -8,13 +8,15 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.events.worker import EventsWorker
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
 from npo_core.artifacts import RunArtifacts, open_run
 from npo_core.gc import plan_gc
@@ -68,8 +70,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GuideManifest
 def sharded(whole: tuple[Path, GuideManifest], tmp_path: Path, prefect_server: dict[str, str]) -> Iterator[str]:
     """The run, with its guide still to be made by two threads."""
     shutil.copytree(whole[0], tmp_path / "runs")
-    with temporary_settings({PREFECT_API_URL: prefect_server["PREFECT_API_URL"]}):
+    with at_server(prefect_server):
         yield workspaces.begin_run.fn(wide(tmp_path / "runs", shards=2))
+
+
+@contextmanager
+def at_server(server: dict[str, str]) -> Iterator[None]:
+    """Within the block, tasks of this process report to the server."""
+    settings = {PREFECT_API_URL: server["PREFECT_API_URL"], PREFECT_LOGGING_TO_API_ENABLED: False}
+    with temporary_settings(settings):
+        yield
+        # Or this process would wait for the server when it ends, and the server will be gone.
+        EventsWorker.drain_all(timeout=10)
 
 
 @given(st.integers(0, 300), st.integers(1, 9), st.integers(1, 40))

@@ -11,6 +11,7 @@ import pyarrow as pa
 from npo_core import lineage, parquet
 from npo_core.checkpoints import Checkpoints
 from npo_core.faults import fault_point
+from npo_core.guide_files import GuideFiles
 from npo_core.interfaces import ConfigurationError, NearFutureError, RecordT, Store
 from npo_core.legs import Legs
 from npo_core.run_files import Environment, origin
@@ -23,8 +24,6 @@ from schemas.records import (
     CheckpointManifest,
     CheckpointRef,
     EvalManifest,
-    GuideManifest,
-    GuideSpec,
     RunRecord,
     SegmentManifest,
     SignalManifest,
@@ -111,7 +110,7 @@ def _saved(run: RunArtifacts) -> dict[int, CheckpointManifest]:
     return line_checkpoints(line, segments, [found for name in names for found in run.checkpoints(name)])
 
 
-class RunArtifacts(Checkpoints, Legs):
+class RunArtifacts(Checkpoints, Legs, GuideFiles):
     """The artifacts of one run. Every commit is create-if-absent: what somebody committed first is returned instead.
 
     Args:
@@ -172,55 +171,7 @@ class RunArtifacts(Checkpoints, Legs):
         """Stores a report under its content's hash and returns its URI."""
         return f"{self.uri}/{self.store.put_data(layout.REPORTS, name, 'report', data).key}"
 
-    # ---- guides, evaluations, decisions
-
-    def guide(self, guide_id: str) -> GuideManifest | None:
-        """One guide."""
-        return self.store.read(layout.manifest(layout.guide(guide_id)), GuideManifest)
-
-    def require_guide(self, guide_id: str) -> GuideManifest:
-        """One guide.
-
-        Raises:
-            NearFutureError: there is none; names those that there are.
-        """
-        found = self.guide(guide_id)
-        if found is None:
-            present = ", ".join(guide.guide_id for guide in self.guides()) or "none"
-            raise NearFutureError(
-                f"{self.uri} has no guide {guide_id} (it has: {present}); choose one that is there, or run the guide "
-                "stage"
-            )
-        return found
-
-    def guides(self) -> list[GuideManifest]:
-        """All guides, by creation."""
-        return self.manifests(layout.GUIDES, GuideManifest)
-
-    def guide_spec(self, guide: GuideManifest) -> GuideSpec:
-        """What a guide was made of, the prompts of its window included."""
-        if guide.window is None:
-            return guide.spec
-        window = self.table(guide, "window")["prompt_id"].to_pylist()
-        return guide.spec.model_copy(update={"prompt_ids": tuple(window)})
-
-    def commit_guide(
-        self, spec: GuideSpec, trajectories: pa.Table, tokens_guide: int, environment: Environment
-    ) -> GuideManifest:
-        """Commits the trajectories of a guide, at most `spec.answers` a prompt."""
-        guide_id = lineage.guide_id(spec)
-        folder = layout.guide(guide_id)
-        window = pa.table({"prompt_id": pa.array(spec.prompt_ids, pa.string())}, parquet.SCHEMAS["window"])
-        manifest = GuideManifest(
-            files=(self.put_table(folder, "trajectories", trajectories), self.put_table(folder, "window", window)),
-            guide_id=guide_id,
-            spec=spec.model_copy(update={"prompt_ids": ()}),
-            solved=len(trajectories["prompt_id"].unique()),
-            tokens_guide=tokens_guide,
-            **origin(environment),
-        )
-        fault_point("guide-data")
-        return self.store.commit(folder, manifest)
+    # ---- evaluations, signals, decisions
 
     def evaluation(self, eval_id: str) -> EvalManifest | None:
         """One evaluation (`lineage.eval_id`)."""

@@ -15,8 +15,8 @@ from schemas import layout
 from schemas.records import Lease
 
 Kind = Literal["record", "data", "temporary", "report", "lease", "unknown"]
-"""`record`: prompts and everything that commits, decides or locks, never debris; `data`: a file that a manifest of its
-folder may name."""
+"""`record`: prompts and everything that commits, decides or locks, no debris but for a shard's; `data`: a file that a
+manifest of its folder may name."""
 
 UNCOMMITTED = "data that was never committed"
 
@@ -26,9 +26,10 @@ has no lease yet, and one that writes a report takes none."""
 
 _ID = r"[0-9a-f]{12}"
 _LEG = rf"{layout.LEGS}/{_ID}"
+_SHARD = rf"{layout.GUIDES}/{_ID}/shards/{_ID}"
 _ARTIFACT = (
     rf"(?:{_LEG}/segments/\d{{6,}}-\d{{6,}}|{_LEG}/checkpoints/\d{{6,}}|{layout.MODEL}"
-    rf"|(?:{layout.GUIDES}|{layout.EVALS}|{layout.SIGNALS})/{_ID})"
+    rf"|(?:{layout.GUIDES}|{layout.EVALS}|{layout.SIGNALS})/{_ID}|{_SHARD})"
 )
 _PLAIN = rf"(?:{_LEG}|{layout.DECISIONS}|{layout.REQUESTS}|{layout.REPORTS}|{layout.TOMBSTONES}|{layout.LEASES})"
 _HASHED = r"[^/.][^/]*-[0-9a-f]{16}\.[A-Za-z0-9]+"
@@ -114,8 +115,15 @@ def debris(
             yield Removal(o.key, o.bytes, "older report")
         elif kind == "lease" and o.key.replace("/.", "/").removesuffix(".lock") not in open_leases:
             yield Removal(o.key, o.bytes, "expired lease")
+        elif kind in ("record", "data") and not live and _guide_of(folder) in committed:
+            yield Removal(o.key, o.bytes, "shard of a guide that is committed")
         elif kind == "data" and o.key not in named and not (live and folder not in committed):
             yield Removal(o.key, o.bytes, UNCOMMITTED)
+
+
+def _guide_of(folder: str) -> str | None:
+    """Folder of the guide that a shard's folder belongs to; None if it is no shard's."""
+    return folder.partition("/shards/")[0] if re.fullmatch(_SHARD, folder) else None
 
 
 def _subject(report: str) -> str:

@@ -16,6 +16,9 @@ from npo_core.interfaces import Generator, Prompt, PromptSource, SamplingParams,
 from schemas import tables
 from schemas.records import SCHEMA_VERSION, GuideSpec
 
+PROMPTS_AT_ONCE = 64
+"""Prompts whose answers are sampled in one call."""
+
 
 def window_steps(prompts: PromptSource, start: int, stop: int) -> dict[str, list[int]]:
     """The steps of a window [start, stop) at which each of its prompts occurs."""
@@ -37,7 +40,7 @@ def sample_answers(
     encode: Callable[[Prompt], np.ndarray],
     decode: Callable[[Sequence[int]], str],
     on_prompts: Callable[[int, int], None],
-    block: int = 64,
+    block: int = PROMPTS_AT_ONCE,
 ) -> tuple[pa.Table, int]:
     """Samples K answers to each prompt from the guide policy and keeps, of each prompt, the first `spec.answers` in
     sampling order that are verified correct and ended by themselves. A result is thus one-correct-of-K, not a plain

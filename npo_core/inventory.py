@@ -24,6 +24,7 @@ from schemas.records import (
     Manifest,
     RunRecord,
     SegmentManifest,
+    ShardManifest,
     SignalManifest,
     Tombstone,
 )
@@ -46,11 +47,13 @@ class Inventory:
     signals: Sequence[SignalManifest]
     model: Manifest | None
     tombstones: Sequence[Tombstone]
+    shards: Sequence[ShardManifest] = ()
+    """Of guides that are committed too, until they are swept."""
 
     def manifests(self) -> Iterator[Manifest]:
         """Every manifest: what they name is no debris."""
         yield from (segment for group in self.segments.values() for segment in group)
-        for group in (self.checkpoints, self.guides, self.evaluations, self.signals):
+        for group in (self.checkpoints, self.guides, self.shards, self.evaluations, self.signals):
             yield from group
         if self.model is not None:
             yield self.model
@@ -78,13 +81,14 @@ def take_inventory(run: RunArtifacts) -> Inventory:
         record, head = run.record(), run.head()
         decisions, evaluations, signals = run.decisions(), run.evaluations(), run.signals()
         names, legs = run.store.list(layout.LEGS), run.legs()
+        shards = run.shards()
         guides, model, tombstones = run.guides(), run.model(), run.tombstones()
         segments = {leg.leg_id: run.all_segments(leg.leg_id) for leg in legs}
         checkpoints = [found for leg in legs for found in run.checkpoints(leg.leg_id)]
     except StoreError as error:
         raise refusal(run, str(error).rpartition("; ")[0] or str(error)) from error
     found = Inventory(
-        record, head, legs, segments, checkpoints, guides, evaluations, decisions, signals, model, tombstones
+        record, head, legs, segments, checkpoints, guides, evaluations, decisions, signals, model, tombstones, shards
     )
     for name in set(names) - {leg.leg_id for leg in legs}:
         if run.store.list(layout.segments(name)) or run.store.list(layout.checkpoints(name)):

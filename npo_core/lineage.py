@@ -40,6 +40,11 @@ def guide_id(spec: GuideSpec) -> str:
     return short(digest_json(spec.model_dump(mode="json", exclude=silent)))
 
 
+def shard_id(guide_id: str, prompt_ids: Sequence[str]) -> str:
+    """Identity of a shard of a guide, by the prompts that it asks."""
+    return short(digest_json([guide_id, *prompt_ids]))
+
+
 def eval_id(checkpoint: CheckpointRef, samples_per_prompt: int, run: RunRecord) -> str:
     """Identity of an evaluation. Prompts, verifier, seed and sampling are in the run's recipe."""
     origin = [checkpoint.leg_id, checkpoint.step, checkpoint.digest]

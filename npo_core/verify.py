@@ -26,6 +26,7 @@ from schemas.records import (
     Head,
     LegRecord,
     SegmentManifest,
+    ShardManifest,
     SignalManifest,
 )
 from schemas.tables import TRAJECTORY_KEY
@@ -84,6 +85,8 @@ class _Verification:
                 self._check_checkpoint(name, f"{layout.checkpoints(name)}/{step}")
         for name in names(layout.GUIDES):
             self._check_guide(name)
+            for shard in names(layout.shards(name)):
+                self._check_shard(name, shard)
         for leg in self.legs.values():
             self._check_leg(leg)
             folders = [f"{layout.segments(leg.leg_id)}/{bounds}" for bounds in names(layout.segments(leg.leg_id))]
@@ -218,6 +221,16 @@ class _Verification:
         with self.findings.about(key):  # a damaged tokenizer cannot decode
             for row in rows:
                 self._check_answer(key, folder, window, row)
+
+    def _check_shard(self, guide_id: str, name: str) -> None:
+        folder = layout.shard(guide_id, name)
+        self.on_artifact(folder)
+        manifest = self.findings.manifest(folder, ShardManifest)
+        if manifest is None:
+            return
+        own = (manifest.guide_id, manifest.shard_id) == (guide_id, name)
+        self.expect(own, layout.manifest(folder), f"was altered: it is of guide {manifest.guide_id}", redo(folder))
+        self.findings.table(manifest, folder, "trajectories")
 
     def _asked(self, manifest: GuideManifest, folder: str) -> tuple[str, ...] | None:
         """The prompts of a guide's window; None if the file that holds them is damaged."""

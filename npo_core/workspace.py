@@ -28,10 +28,12 @@ from npo_core.prompts import PromptTable, encode, load_verifier
 from npo_core.rows import EVERY_ROW, Where, read_rows
 from npo_core.run_config import configure
 from npo_core.segment import LegContext
+from npo_core.shards import sampling_config
 from schemas import tables
 from schemas.config import Config
 from schemas.decisions import MonitorState
 from schemas.records import CheckpointRef, GuideManifest, LegKind, LegRecord, RunRecord
+from schemas.sharding import ShardingSection
 
 logger = logging.getLogger("npo")
 
@@ -64,11 +66,23 @@ class Workspace:
         return cls(configure(run), run, record)
 
     def over(self, run: RunArtifacts) -> Workspace:
-        """This workspace over other artifacts of the run, with the same engine; trackers hear nothing of it."""
+        """This workspace over other artifacts of the run, with the same engine. Trackers hear nothing of it, and no
+        other worker, which would open the run itself."""
         twin = copy.copy(self)
         twin.run = run
-        twin.config = self.config.model_copy(update={"run": self.config.run.model_copy(update={"trackers": ()})})
+        quiet = {"run": self.config.run.model_copy(update={"trackers": ()}), "sharding": ShardingSection()}
+        twin.config = self.config.model_copy(update=quiet)
         return twin
+
+    def sampler(self, gpu: int | None = None) -> Workspace:
+        """The same run with an engine of its own, which only samples; see `sampling_config`. Close it."""
+        return Workspace(sampling_config(self.config, gpu), self.run, self.record)
+
+    def close(self) -> None:
+        """Ends what the engine has started, and removes the scratch directory."""
+        if self._engine is not None:
+            self._engine.frozen.close()
+        self._scratch.cleanup()
 
     @property
     def scratch(self) -> Path:

@@ -14,6 +14,7 @@ from schemas.future import AutoNPOSection, FutureSection
 from schemas.learner import LearnerSection
 from schemas.model import ModelSection
 from schemas.section import Section
+from schemas.sharding import ShardingSection
 from schemas.urls import WITHOUT_CREDENTIALS, without_credentials
 from schemas.vllm import VllmSection
 
@@ -141,6 +142,8 @@ class Config(Section):
     """And what stays of it."""
     vllm: VllmSection = VllmSection()
     """What samples instead of transformers."""
+    sharding: ShardingSection = ShardingSection()
+    """And in how many places at once."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
@@ -225,7 +228,7 @@ class Config(Section):
 
         Two configurations with equal recipes may continue each other's run.
         """
-        recipe = self.model_dump(mode="json", exclude={"evaluation", "retention", "vllm", "deepspeed"})
+        recipe = self.model_dump(mode="json", exclude={"evaluation", "retention", "vllm", "deepspeed", "sharding"})
         recipe["run"] = {"seed": self.run.seed}
         for section, fields in NOT_RECIPE.items():
             for field in fields:

@@ -32,6 +32,7 @@ FILES = {
         (
             f"{_STEPS}/rollouts-HASH.parquet",
             f"{layout.GUIDES}/GUIDE/trajectories-HASH.parquet",
+            f"{layout.shard('GUIDE', 'SHARD')}/trajectories-HASH.parquet",
             f"{layout.EVALS}/EVAL/samples-HASH.parquet",
         ),
         "One answer to one prompt: of a segment every rollout, displaced ones and the guide's included; of a guide "
@@ -94,6 +95,7 @@ Everything of a run lies under `STORE/RUN`. In capitals what differs; `START`, `
     {_STEPS + "/":<45}steps [START, STOP) of a leg
     {layout.checkpoints("LEG") + "/STEP/":<45}weights, optimizer and state after STEP steps
     {layout.guide("GUIDE") + "/":<45}verified-correct trajectories for a replay
+    {layout.shard("GUIDE", "SHARD") + "/":<45}a part of a guide that is being made, until it is committed
     {layout.evaluation("EVAL") + "/":<45}held-out answers of a checkpoint
     {layout.signal("SIGNAL") + "/":<45}a study of Q, V and S
     {layout.DECISIONS + "/LEG-STEP….json":<45}why training rolled back, or did not

@@ -50,6 +50,16 @@ def guide(guide_id: str) -> str:
     return f"{GUIDES}/{guide_id}"
 
 
+def shards(guide_id: str) -> str:
+    """Folder of a guide's shards."""
+    return f"{guide(guide_id)}/shards"
+
+
+def shard(guide_id: str, shard_id: str) -> str:
+    """Folder of a shard of a guide."""
+    return f"{shards(guide_id)}/{shard_id}"
+
+
 def evaluation(eval_id: str) -> str:
     """Folder of an evaluation."""
     return f"{EVALS}/{eval_id}"

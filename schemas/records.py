@@ -248,6 +248,22 @@ class GuideManifest(Manifest):
         return len(self.spec.prompt_ids) if self.window is None else self.window.rows or 0
 
 
+class ShardManifest(Manifest):
+    """A part of a guide that is being made (role `trajectories`). It counts until the guide is committed, which then
+    holds its rows."""
+
+    kind: Literal["shard"] = "shard"
+    guide_id: str
+    shard_id: str
+    """Short digest of the guide and of the prompts that the shard asks."""
+    asked: int = Field(ge=0)
+    """Prompts."""
+    solved: int = Field(ge=0)
+    """Prompts for which at least one trajectory is stored."""
+    tokens_guide: int = Field(ge=0)
+    """Completion tokens that were sampled, wrong answers included."""
+
+
 class TaskScore(Record):
     """Held-out result of one task family."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prefect import task
@@ -11,13 +11,13 @@ from npo_core.interfaces import ConfigurationError
 from schemas.records import CheckpointRef, EvalManifest, GuideManifest, GuideSpec, Head
 from tasks.artifacts import stage_progress
 from tasks.options import OPTIONS
+from tasks.shards import sample_guide
 from tasks.workspaces import workspace
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from npo_core.artifacts import RunArtifacts
-    from npo_core.workspace import Workspace
 
 
 @task(name="warm start", **OPTIONS)
@@ -68,7 +68,7 @@ def make_guide(
     rollouts = () if spec.source == "checkpoint" else _rollouts_behind(opened.run, spec)
     reused = sources.reuse_rollouts(spec, identifier, rollouts, steps)
     asked = () if spec.source == "leg" else sources.unserved(spec, reused, steps)
-    sampled, tokens = _sample(opened, spec, identifier, asked)
+    sampled, tokens = sample_guide(opened, spec, identifier, asked)
     trajectories = sources.with_sampled(reused, sampled)
     return opened.run.commit_guide(spec, trajectories, tokens, environment(config))
 
@@ -93,30 +93,6 @@ def _rollouts_behind(run: RunArtifacts, spec: GuideSpec) -> Iterator[pa.Table]:
             if first < stop:
                 within = (pc.field("step") >= first) & (pc.field("step") < stop)
                 yield run.table(segment, "rollouts", filters=usable & within)
-
-
-def _sample(opened: Workspace, spec: GuideSpec, guide_id: str, asked: Sequence[str]) -> tuple[pa.Table, int]:
-    """The guide policy's answers to prompts, and the tokens that they took; it is loaded only if there are any."""
-    from npo_core.guide_sources import sample_answers
-    from npo_core.interfaces import SamplingParams
-    from schemas.tables import TRAJECTORIES
-
-    if not asked:
-        return TRAJECTORIES.empty_table(), 0
-    generator = opened.sampling("guide", spec.checkpoint)
-    with stage_progress(opened.run.uri, f"guide {spec.start}-{spec.stop}", len(asked)) as bar:
-        return sample_answers(
-            spec,
-            guide_id,
-            opened.run.run_id,
-            [opened.prompts.get(prompt_id) for prompt_id in asked],
-            generator,
-            SamplingParams(spec.temperature, spec.max_new_tokens, opened.stop_ids),
-            opened.verifier,
-            opened.encode,
-            opened.decode,
-            lambda done, solved: bar(done, {"solved": solved}),
-        )
 
 
 def has_weights(run: str, checkpoint: CheckpointRef) -> bool:

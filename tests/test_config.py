@@ -17,6 +17,7 @@ from npo_core.config_file import load_config
 from npo_core.interfaces import ConfigurationError
 from schemas.config import NOT_RECIPE, Config
 from schemas.future import Intervention
+from schemas.sharding import ShardingSection
 from schemas.vllm import VllmSection
 from tests.command import ROOT
 
@@ -37,6 +38,7 @@ NO_RECIPE = (
     | {f"deepspeed.{field}" for field in Config.model_fields["deepspeed"].default.__class__.model_fields}
     | {"retention.keep_last", "retention.keep_every", "retention.grace_hours"}
     | {f"vllm.{name}" for name in VllmSection.model_fields}
+    | {f"sharding.{name}" for name in ShardingSection.model_fields}
 )
 """What does not change the numbers that training computes, but for rounding."""
 

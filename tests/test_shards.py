@@ -61,7 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GuideManifest
     store = tmp_path_factory.mktemp("trained")
     run = workspaces.begin_run.fn(wide(store))
     train_segment(run, open_leg(run, "main", warm_start(run)), 0, STEP)
-    shutil.copytree(store, beside := store.with_name("whole"))
+    shutil.copytree(store, beside := tmp_path_factory.mktemp("whole") / "runs")
     unsharded = workspaces.begin_run.fn(wide(beside))
     return store, policies.make_guide.fn(unsharded, checkpoint(unsharded, STEP), 0, WINDOW)
 

@@ -97,7 +97,8 @@ class SamplingSums:
 
     def __add__(self, other: SamplingSums) -> SamplingSums:
         sums = [getattr(self, f.name) + getattr(other, f.name) for f in fields(self)[:-1]]
-        return SamplingSums(*sums, largest=torch.maximum(self.largest, other.largest.to(self.largest.device)))
+        sums.append(torch.maximum(self.largest, other.largest.to(self.largest.device)))
+        return SamplingSums(*sums)
 
     def metrics(self) -> dict[str, float]:
         """`sampling/*`, empty if there are no tokens.

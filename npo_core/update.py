@@ -40,7 +40,7 @@ class UpdateSums:
         losses, sampling = ([getattr(part, f.name) for f in fields(part)] for part in (self.losses, self.sampling))
         return UpdateSums(
             LossSums(*total(torch.stack(losses))),
-            SamplingSums(*total(torch.stack(sampling[:-1])), largest=largest(sampling[-1])),
+            SamplingSums(*[*total(torch.stack(sampling[:-1])), largest(sampling[-1])]),
         )
 
 

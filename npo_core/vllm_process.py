@@ -101,13 +101,7 @@ class VllmProcess:
         return options
 
     def _start(self) -> None:
-        # Not resolved: a virtual environment's interpreter is a link, and knows by it where its packages are.
-        python = Path(self.settings.python).expanduser().absolute()
-        if not python.exists():
-            raise ConfigurationError(
-                f"vllm.python {python} is not there; `make setup-vllm` makes .venv-vllm, or name the interpreter of an "
-                "environment that has vLLM"
-            )
+        python = interpreter(self.settings)
         ours, theirs = socket.socketpair()
         with theirs:
             # -P: the directory of the script is no place to import from.
@@ -148,3 +142,19 @@ class VllmProcess:
                 "holds its options"
             )
         return reply, given
+
+
+def interpreter(settings: VllmSection) -> Path:
+    """Of vLLM's environment.
+
+    Raises:
+        ConfigurationError: it is not there.
+    """
+    # Not resolved: a virtual environment's interpreter is a link, and knows by it where its packages are.
+    python = Path(settings.python).expanduser().absolute()
+    if not python.exists():
+        raise ConfigurationError(
+            f"vllm.python {python} is not there; `make setup-vllm` makes .venv-vllm, or name the interpreter of an "
+            "environment that has vLLM"
+        )
+    return python

@@ -8,9 +8,10 @@ What lies where:
 - the mathematics (numbers in, numbers out): advantages, losses, logprobs, mixing, groups, padding, streams, coverage,
   mismatch
 - AutoNPO: monitor, tip, probe, signal, controller, confirm, explain, signal_study
-- one segment and its engine: segment, engine, policy, generate, learner, update, evaluate, memory, progress, supervised
-- vLLM: vllm_generator, vllm_process, vllm_worker, vllm_served, weight_sync
-- DeepSpeed: deepspeed_learner, deepspeed_messages, frames, launch; in its ranks deepspeed_worker, ranks, zero
+- one segment and its engine: segment, engine, policy, generate, learner, update, evaluate, memory, progress
+- what both engines' processes are run and asked by: supervised, frames
+- vLLM: vllm_generator, vllm_process, vllm_worker, vllm_served, vllm_version, weight_sync
+- DeepSpeed: deepspeed_learner, deepspeed_messages, launch; in its ranks deepspeed_worker, ranks, zero
 - guides: guide, guide_sources
 - data and answers: prompts, testbed
 - a run and its tree of legs: begin, workspace, run_config, artifacts, run_files, legs, checkpoints, lineage, faults

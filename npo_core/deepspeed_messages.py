@@ -23,12 +23,18 @@ def batch_arrays(batch: TrainBatch, reference: list[np.ndarray] | None) -> dict[
         "advantages": batch.advantages_B,
         "guide": batch.guide_B,
     }
-    return arrays if reference is None else arrays | frames.ragged("reference", reference, np.float32)
+    for name, rows in (("behavior_logprobs", batch.behavior_logprobs), ("reference", reference)):
+        if rows is not None:
+            arrays |= frames.ragged(name, rows, np.float32)
+    return arrays
 
 
 def batch_of(step: int, arrays: Mapping[str, np.ndarray]) -> tuple[TrainBatch, list[np.ndarray] | None]:
     """What `batch_arrays` packed."""
     prompts, completions = (frames.rows_of(name, arrays) for name in PAIR)
     guide_logprobs = frames.rows_of("guide_logprobs", arrays)
-    batch = TrainBatch(step, prompts, completions, arrays["advantages"], arrays["guide"], guide_logprobs)
-    return batch, frames.rows_of("reference", arrays) if "reference" in arrays else None
+    behavior, reference = (
+        frames.rows_of(name, arrays) if name in arrays else None for name in ("behavior_logprobs", "reference")
+    )
+    batch = TrainBatch(step, prompts, completions, arrays["advantages"], arrays["guide"], guide_logprobs, behavior)
+    return batch, reference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from npo_core.generate import TransformersGenerator
 from npo_core.interfaces import Generator, Learner
 from npo_core.learner import TorchLearner
 from npo_core.policy import Policy, choose_device
-from npo_core.vllm_generator import VllmGenerator
+from npo_core.vllm_generator import VllmGenerator, VllmRollouts
 from npo_core.vllm_process import VllmProcess
 from npo_core.vllm_served import VllmServed
 from schemas.config import Config
+
+logger = logging.getLogger("npo")
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,11 @@ class Engine:
 
     generator: Generator
     learner: Learner
-    frozen: Generator
-    """What samples the work that `vllm.samples` names, from checkpoints that it is given one by one."""
+    rollouts: Generator
+    """What samples in training: always from the learner's weights as they are."""
+    frozen: VllmGenerator
+    """What samples the work that `vllm.samples` names, from checkpoints that it is given one by one. With rollouts by
+    vLLM it is their engine."""
 
     @classmethod
     def build(
@@ -52,7 +58,9 @@ class Engine:
         reference = starting_policy(load) if config.algorithm.kl_beta > 0 else None
         learner = DeepSpeedLearner if config.learner.engine == "deepspeed" else TorchLearner
         generator = TransformersGenerator(policy, config.rollout.max_rows)
-        return cls(generator, learner(policy, config, reference), _vllm(config, policy))
+        vllm = _vllm(config, policy)
+        rollouts: Generator = VllmRollouts(vllm) if "rollout" in config.vllm.samples else generator
+        return cls(generator, learner(policy, config, reference), rollouts, vllm)
 
 
 def _vllm(config: Config, policy: Policy) -> VllmGenerator:
@@ -64,4 +72,9 @@ def _vllm(config: Config, policy: Policy) -> VllmGenerator:
     sampler = VllmServed(settings.url) if settings.url else VllmProcess(settings, dtype)
     # On a CPU vLLM keeps its old weights.
     in_place = policy.device.type != "cpu"
+    if "rollout" in settings.samples and not in_place:
+        logger.warning(
+            "vllm.samples holds rollout, and on a CPU vLLM takes no new weights in place: every step builds a fresh "
+            "engine, about 10 s each; let transformers sample rollouts there"
+        )
     return VllmGenerator(sampler, policy, config.rollout.temperature, tolerance, in_place)

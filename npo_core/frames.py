@@ -1,15 +1,22 @@
-"""Messages over a stream socket: a JSON header and named arrays as safetensors. Nothing in them can run code."""
+"""Messages over a stream socket: a JSON header and named arrays. Nothing in them can run code.
+
+Every process of an engine loads this file, by its path where it has no packages of ours: the standard library and
+numpy are all that it may import.
+
+A message is the length of its header (8 bytes, big-endian), the header, and the raw bytes of the arrays, whose types
+and shapes the header's `arrays` names in order. On the socket its own length goes before it.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import socket
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load, save
 
 _LENGTH = struct.Struct(">Q")
 
@@ -20,14 +27,23 @@ class DisconnectedError(Exception):
 
 def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> bytes:
     """One message."""
-    head = json.dumps(header).encode()
-    return _LENGTH.pack(len(head)) + head + save(dict(arrays or {}))
+    arrays = arrays or {}
+    described = {name: [array.dtype.str, array.shape] for name, array in arrays.items()}
+    head = json.dumps({**header, "arrays": described}).encode()
+    return b"".join([_LENGTH.pack(len(head)), head, *(array.tobytes() for array in arrays.values())])
 
 
 def unpack(message: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Header and arrays of a message."""
-    end = _LENGTH.size + _LENGTH.unpack_from(message)[0]
-    return json.loads(message[_LENGTH.size : end]), load(message[end:])
+    place = _LENGTH.size + _LENGTH.unpack_from(message)[0]
+    header = json.loads(message[_LENGTH.size : place])
+    arrays = {}
+    for name, (dtype, shape) in header.pop("arrays").items():
+        count = math.prod(shape)
+        # A copy: what lies in a message is at odd addresses, and cannot be written to.
+        arrays[name] = np.frombuffer(message, dtype, count, place).reshape(shape).copy()
+        place += arrays[name].nbytes
+    return header, arrays
 
 
 def send(connection: socket.socket, message: bytes) -> None:
@@ -39,7 +55,7 @@ def send(connection: socket.socket, message: bytes) -> None:
     try:
         connection.sendall(_LENGTH.pack(len(message)) + message)
     except OSError as error:
-        raise DisconnectedError from error
+        raise DisconnectedError(str(error)) from error
 
 
 def receive(connection: socket.socket) -> bytes:
@@ -74,8 +90,8 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
         try:
             part = connection.recv(min(size - len(received), 1 << 20))
         except OSError as error:
-            raise DisconnectedError from error
+            raise DisconnectedError(str(error)) from error
         if not part:
-            raise DisconnectedError
+            raise DisconnectedError("the other side has closed the socket")
         received += part
     return bytes(received)

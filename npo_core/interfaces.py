@@ -126,12 +126,16 @@ class TrainBatch:
     """bool: which rows are guide trajectories."""
     guide_logprobs: list[np.ndarray | None] = field(default_factory=list)
     """float32 [T] under the guide policy for guide rows, None for the policy's own."""
+    behavior_logprobs: list[np.ndarray | None] | None = None
+    """float32 [T] by the engine that sampled them for the policy's own rows, None for guide rows. None altogether where
+    the trainer itself sampled and nothing is to be corrected."""
 
     def __post_init__(self) -> None:
         rows = len(self.prompt_ids)
-        for name in ("completion_ids", "advantages_B", "guide_B", "guide_logprobs"):
-            if len(getattr(self, name)) != rows:
-                raise ValueError(f"{name} has {len(getattr(self, name))} rows, prompt_ids has {rows}")
+        for name in ("completion_ids", "advantages_B", "guide_B", "guide_logprobs", "behavior_logprobs"):
+            values = getattr(self, name)
+            if values is not None and len(values) != rows:
+                raise ValueError(f"{name} has {len(values)} rows, prompt_ids has {rows}")
 
 
 class Generator(Protocol):
@@ -181,7 +185,7 @@ class Learner(Protocol):
 
     def step(self, batch: TrainBatch) -> dict[str, float]:
         """One step's update; returns the metrics `loss`, `kl`, `grad_norm`, `learning_rate`, `clip_ratio/*`,
-        `npo/guide_ratio_mean`, `npo/guide_kl`, `tokens/trained`. An undefined one is absent.
+        `npo/guide_ratio_mean`, `npo/guide_kl`, `tokens/trained`, `sampling/*`. An undefined one is absent.
 
         Raises:
             FloatingPointError: a log-probability, the loss or the gradient is not finite; names the step.

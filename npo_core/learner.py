@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from npo_core.interfaces import LocalCheckpoint, NearFutureError, TrainBatch
-from npo_core.losses import LossSums
 from npo_core.padding import length_sorted_batches
 from npo_core.policy import Policy
-from npo_core.update import Update, reference_logps
+from npo_core.update import Update, UpdateSums, reference_logps
 from schemas.config import Config
 
 OPTIMIZER_FILE = "optimizer/optimizer.safetensors"
@@ -105,7 +104,7 @@ class TorchLearner:
             # Zeros, not None: a batch without any gradient still steps the optimizer's moments.
             parameter.grad = torch.zeros_like(parameter)
         loss = 0.0
-        sums = LossSums()
+        sums = UpdateSums()
         for micro in length_sorted_batches(update.lengths, self.settings.micro_batch_tokens):
             share, seen = update.share(self.policy.token_logps, micro)
             share.backward()

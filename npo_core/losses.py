@@ -42,6 +42,8 @@ class LossInputs:
     """log π_guide, as stored with the trajectory; not read in own rows."""
     ref_logps_BT: Tensor | None = None
     """log π_ref, needed iff `kl_beta` > 0."""
+    sampling_weights_BT: Tensor | None = None
+    """Weights of the tokens for what sampled them (see `npo_core.mismatch`); None: 1."""
 
     @property
     def guide_tokens(self) -> Tensor:
@@ -152,7 +154,7 @@ def token_losses(inputs: LossInputs, algorithm: AlgorithmSection) -> TokenLosses
     tokens and ignore the selection.
 
     The KL is the k3 estimate exp(d) − d − 1, d = log π_ref − log π_θ (arXiv 2402.03300, eq. 4), on all rows. Where a
-    log-ratio is clamped (see `MAX_LOG_RATIO`), its gradient is 0.
+    log-ratio is clamped (see `MAX_LOG_RATIO`), its gradient is 0. Sampling weights multiply the objective alone.
 
     Raises:
         FloatingPointError: log-probabilities that are not finite; see `require_finite`.
@@ -180,6 +182,8 @@ def token_losses(inputs: LossInputs, algorithm: AlgorithmSection) -> TokenLosses
             prob_BT = logps_BT.exp()
             gain_BT = prob_BT / (prob_BT + algorithm.shaping_gamma)
         objective_BT = torch.where(guide_B1, gain_BT * advantages_B1, objective_BT)
+    if inputs.sampling_weights_BT is not None:
+        objective_BT = objective_BT * inputs.sampling_weights_BT.to(objective_BT)
     loss_BT = -objective_BT
 
     kl_BT = torch.zeros_like(logps_BT)

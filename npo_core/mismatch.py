@@ -1,6 +1,7 @@
 """Correction for a sampler that is not quite the trainer: the same weights in two engines give two distributions.
 
-With ρ = π_trainer/π_sampler of a sampled token, the weights multiply a row's token losses and carry no gradient:
+With ρ = π_trainer/π_sampler of a sampled token, the weights multiply the policy's part of its loss (not the KL term, as
+in TRL and verl) and carry no gradient:
 
 - `none`: 1;
 - `token-truncated`: min(ρ_t, c), truncated importance sampling of each token (F. Yao et al., "Your Efficient RL
@@ -12,6 +13,7 @@ With ρ = π_trainer/π_sampler of a sampled token, the weights multiply a row's
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -46,30 +48,74 @@ def sampling_weights(
     return torch.where(mask_BT, weights_BT, 0)
 
 
-def sampling_metrics(
-    trainer_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, correction: Correction, cap: float
-) -> dict[str, float]:
-    """How far sampler and trainer are apart on the sampled tokens, and what the correction made of it.
+def _zero() -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
 
-    `sampling/ess` is the relative effective sample size of the tokens' weights, (Σw)²/(n·Σw²), in (0, 1]; 0 if no
-    token has weight. `sampling/corrected` is the share of tokens that were truncated or masked.
-    """
-    log_ratio_BT = _log_ratio(trainer_logps_BT, sampler_logps_BT, mask_BT)
-    log_ratio_N = log_ratio_BT[mask_BT]
-    weights_N = sampling_weights(trainer_logps_BT, sampler_logps_BT, mask_BT, correction, cap)[mask_BT]
-    squares = weights_N.square().sum()
-    corrected_N = {
-        "none": torch.zeros_like(mask_BT[mask_BT]),
-        "token-truncated": log_ratio_N.exp() > cap,
-        "sequence-mask": weights_N == 0,
-    }[correction]
-    return {
-        "sampling/logp_difference_mean": log_ratio_N.abs().mean().item(),
-        "sampling/logp_difference_max": log_ratio_N.abs().max().item(),
-        "sampling/ratio_mean": log_ratio_N.exp().mean().item(),
-        "sampling/corrected": corrected_N.double().mean().item(),
-        "sampling/ess": (weights_N.sum().square() / (len(weights_N) * squares)).item() if squares > 0 else 0.0,
-    }
+
+@dataclass(frozen=True)
+class SamplingSums:
+    """How far sampler and trainer are apart on the sampled tokens, and what the correction made of it: float64 scalars
+    over tokens, from which metrics follow. Those of micro-batches add up; `SamplingSums()` is the sum of none."""
+
+    tokens: Tensor = field(default_factory=_zero)
+    difference: Tensor = field(default_factory=_zero)
+    """Σ |log ρ|."""
+    ratio: Tensor = field(default_factory=_zero)
+    """Σ ρ."""
+    weight: Tensor = field(default_factory=_zero)
+    """Σ w."""
+    square: Tensor = field(default_factory=_zero)
+    """Σ w²."""
+    corrected: Tensor = field(default_factory=_zero)
+    """Tokens that were truncated or masked."""
+    largest: Tensor = field(default_factory=_zero)
+    """max |log ρ|, which does not add up."""
+
+    @classmethod
+    def of(
+        cls, trainer_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, correction: Correction, cap: float
+    ) -> SamplingSums:
+        """Those of some rows; see `sampling_weights`."""
+        if not bool(mask_BT.any()):
+            return cls()
+        log_ratio_N = _log_ratio(trainer_logps_BT, sampler_logps_BT, mask_BT)[mask_BT]
+        weights_N = sampling_weights(trainer_logps_BT, sampler_logps_BT, mask_BT, correction, cap)[mask_BT]
+        corrected_N = {
+            "none": torch.zeros_like(weights_N),
+            "token-truncated": log_ratio_N.exp() > cap,
+            "sequence-mask": weights_N == 0,
+        }[correction]
+        return cls(
+            tokens=mask_BT.sum(dtype=torch.float64),
+            difference=log_ratio_N.abs().sum(),
+            ratio=log_ratio_N.exp().sum(),
+            weight=weights_N.sum(),
+            square=weights_N.square().sum(),
+            corrected=corrected_N.sum(dtype=torch.float64),
+            largest=log_ratio_N.abs().max(),
+        )
+
+    def __add__(self, other: SamplingSums) -> SamplingSums:
+        sums = [getattr(self, f.name) + getattr(other, f.name) for f in fields(self)[:-1]]
+        sums.append(torch.maximum(self.largest, other.largest.to(self.largest.device)))
+        return SamplingSums(*sums)
+
+    def metrics(self) -> dict[str, float]:
+        """`sampling/*`, empty if there are no tokens.
+
+        `sampling/ess` is the relative effective sample size of the tokens' weights, (Σw)²/(n·Σw²), in (0, 1]; 0 if no
+        token has weight.
+        """
+        if not (tokens := self.tokens.item()):
+            return {}
+        square = self.square.item()
+        return {
+            "sampling/logp_difference_mean": self.difference.item() / tokens,
+            "sampling/logp_difference_max": self.largest.item(),
+            "sampling/ratio_mean": self.ratio.item() / tokens,
+            "sampling/ess": self.weight.item() ** 2 / (tokens * square) if square > 0 else 0.0,
+            "sampling/corrected": self.corrected.item() / tokens,
+        }
 
 
 def _log_ratio(trainer_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor) -> Tensor:

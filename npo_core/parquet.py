@@ -64,16 +64,20 @@ def canonical(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def encode(table: pa.Table, schema: pa.Schema) -> bytes:
-    """Parquet bytes: zstd, dictionaries, bounded row groups, sorted rows. Equal rows give equal bytes.
+    """Parquet bytes: zstd, dictionaries, bounded row groups, sorted rows. Equal rows give equal bytes, those without a
+    value in later columns (`tables.LATER`) the bytes that they had before there were such columns.
 
     Raises:
         ValueError: see `canonical`.
     """
     sink = pa.BufferOutputStream()
+    table = canonical(table, schema)
+    table = table.select([field.name for field in schema if not _says_nothing(field, table[field.name])])
+    schema = table.schema
     # The bytes of each token's numbers apart: high bytes and exponents, which repeat, lie together then.
     split = [path for path in _leaves(schema) if path.startswith(_SPLIT)]
     pq.write_table(
-        canonical(table, schema),
+        table,
         sink,
         compression="zstd",
         use_dictionary=[path for path in _leaves(schema) if path not in split],
@@ -105,9 +109,13 @@ def decode(
         StoreError: no Parquet, another version, or other columns; names the key.
     """
     with _readable(key):
-        _require_schema(pq.read_schema(pa.BufferReader(data)), schema, key)
+        present = pq.read_schema(pa.BufferReader(data))
+        _require_schema(present, schema, key)
+        wanted = schema.names if columns is None else columns
+        there = [name for name in wanted if name in present.names]
         # It is in memory already: there is nothing to read ahead in other threads.
-        return pq.read_table(pa.BufferReader(data), columns=columns, filters=filters, pre_buffer=False)
+        table = pq.read_table(pa.BufferReader(data), columns=there, filters=filters, pre_buffer=False)
+        return _with_later(table, schema, wanted)
 
 
 def footer_digest(data: bytes) -> str:
@@ -130,7 +138,7 @@ class RowGroups:
     """
 
     def __init__(self, file: BinaryIO, digest: str, schema: pa.Schema, key: str) -> None:
-        self.key = key
+        self.key, self.schema = key, schema
         with _readable(key):
             file.seek(-_TAIL, os.SEEK_END)
             size = _footer_bytes(file.read(_TAIL))
@@ -160,8 +168,10 @@ class RowGroups:
         Raises:
             StoreError: a page was altered, or the store fails; names the key.
         """
+        present = [name for name in columns if name in self._file.schema_arrow.names]
         with _readable(self.key):
-            return self._file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
+            table = self._file.read_row_groups(list(groups), columns=present, use_threads=False)
+            return _with_later(table, self.schema, columns)
 
 
 def _footer_bytes(tail: bytes) -> int:
@@ -184,19 +194,40 @@ def _require_schema(present: pa.Schema, schema: pa.Schema, key: str) -> None:
             f"{key} has schema version {version}, this program reads version {SCHEMA_VERSION}; "
             "use the program that wrote it"
         )
-    if not present.equals(schema, check_metadata=False):
-        differing = sorted(set(map(str, present)) ^ set(map(str, schema))) or ["the order of columns"]
+    expected = pa.schema([field for field in schema if field.name in present.names or not _is_later(field)])
+    if not present.equals(expected, check_metadata=False):
+        differing = sorted(set(map(str, present)) ^ set(map(str, expected))) or ["the order of columns"]
         raise StoreError(f"{key} has another schema ({'; '.join(differing)}); {_RESTORE}")
 
 
+def _is_later(field: pa.Field) -> bool:
+    return tables.LATER in (field.metadata or {})
+
+
+def _says_nothing(field: pa.Field, column: pa.ChunkedArray) -> bool:
+    """Whether the column is a later one without a value."""
+    return _is_later(field) and column.null_count == len(column)
+
+
+def _with_later(table: pa.Table, schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
+    """The table with these columns; later ones that it lacks are null."""
+    lacking = [name for name in columns if name not in table.schema.names]
+    for name in lacking:
+        table = table.append_column(schema.field(name), pa.nulls(table.num_rows, schema.field(name).type))
+    return table.select(list(columns)) if lacking else table
+
+
 def logical_digest(table: pa.Table, schema: pa.Schema) -> str:
-    """SHA-256 of the sorted rows' values, whatever their chunks and encoding; floats by their bit patterns.
+    """SHA-256 of the sorted rows' values, whatever their chunks and encoding; floats by their bit patterns. Later
+    columns without a value are not in it.
 
     Raises:
         ValueError: see `canonical`.
     """
     digest = hashlib.sha256()
     for field, column in zip(schema, canonical(table, schema).columns, strict=True):
+        if _says_nothing(field, column):
+            continue
         digest.update(f"{field.name}:{field.type}:{len(column)}\n".encode())
         _feed(digest, column.combine_chunks())
     return digest.hexdigest()

@@ -36,3 +36,8 @@ class Ranks:
         """The sum over the ranks, in every rank."""
         dist.all_reduce(values, group=self._group)
         return values
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The maximum over the ranks, in every rank."""
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group)
+        return value

@@ -101,7 +101,7 @@ def run_segment(
         if context.guide is None:
             # No guide was to be had: none is missing.
             del replacement["npo/guide_missing"]
-        updated = learner.step(train_batch(step, mixed))
+        updated = learner.step(train_batch(step, mixed, context.config.weighs_sampling))
         done = time.perf_counter()
 
         fault_point("segment-step")
@@ -163,17 +163,30 @@ def judge(context: LegContext, groups: list[Group]) -> list[Group]:
     return judged
 
 
-def train_batch(step: int, mixed: Sequence[MixedGroup]) -> TrainBatch:
-    """The rows of the update: every group's own rollouts, the displaced ones' places taken by guide trajectories."""
-    prompt_ids, completion_ids, guide_logprobs, advantages, is_guide = [], [], [], [], []
+def train_batch(step: int, mixed: Sequence[MixedGroup], weighs_sampling: bool = False) -> TrainBatch:
+    """The rows of the update: every group's own rollouts, the displaced ones' places taken by guide trajectories.
+
+    Args:
+        weighs_sampling: see `Config.weighs_sampling`.
+    """
+    prompt_ids, completion_ids, guide_logprobs, behavior, advantages, is_guide = [], [], [], [], [], []
     for group in mixed:
         for slot, (advantage, guide) in enumerate(zip(group.advantages_G, group.guides, strict=True)):
             prompt_ids.append(group.group.prompt_ids)
             completion_ids.append(guide.completion_ids if guide else group.group.completion_ids[slot])
             guide_logprobs.append(guide.logprobs if guide else None)
+            behavior.append(None if guide else group.group.logprobs[slot])
             advantages.append(advantage)
             is_guide.append(guide is not None)
-    return TrainBatch(step, prompt_ids, completion_ids, np.array(advantages), np.array(is_guide), guide_logprobs)
+    return TrainBatch(
+        step,
+        prompt_ids,
+        completion_ids,
+        np.array(advantages),
+        np.array(is_guide),
+        guide_logprobs,
+        behavior if weighs_sampling else None,
+    )
 
 
 def _with_leg(context: LegContext, rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -6,7 +6,7 @@ All of it is fixed before the first micro-batch, so that the result does not dep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from npo_core.interfaces import TrainBatch
-from npo_core.losses import LossInputs, LossSums, token_losses, token_weights
+from npo_core.losses import LossInputs, LossSums, require_finite, token_losses, token_weights
+from npo_core.mismatch import SamplingSums, sampling_weights
 from npo_core.padding import pad_rows
 from npo_core.policy import Policy
 from schemas.algorithm import AlgorithmSection
@@ -22,6 +23,25 @@ from schemas.config import RolloutSection
 
 TokenLogps = Callable[[Sequence[np.ndarray], Sequence[np.ndarray], float], tuple[Tensor, Tensor, Tensor]]
 """See `Policy.token_logps`."""
+
+
+@dataclass(frozen=True)
+class UpdateSums:
+    """What micro-batches and ranks add up beside the loss; `UpdateSums()` is the sum of none."""
+
+    losses: LossSums = field(default_factory=LossSums)
+    sampling: SamplingSums = field(default_factory=SamplingSums)
+
+    def __add__(self, other: UpdateSums) -> UpdateSums:
+        return UpdateSums(self.losses + other.losses, self.sampling + other.sampling)
+
+    def through(self, total: Callable[[Tensor], Tensor], largest: Callable[[Tensor], Tensor]) -> UpdateSums:
+        """The same with its sums, and its maximum, passed through a function each: over the ranks, say."""
+        losses, sampling = ([getattr(part, f.name) for f in fields(part)] for part in (self.losses, self.sampling))
+        return UpdateSums(
+            LossSums(*total(torch.stack(losses))),
+            SamplingSums(*[*total(torch.stack(sampling[:-1])), largest(sampling[-1])]),
+        )
 
 
 @dataclass(frozen=True)
@@ -64,7 +84,7 @@ class Update:
         """Tokens of the rows, prompt and completion."""
         return [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]
 
-    def share(self, token_logps: TokenLogps, micro: Sequence[int]) -> tuple[Tensor, LossSums]:
+    def share(self, token_logps: TokenLogps, micro: Sequence[int]) -> tuple[Tensor, UpdateSums]:
         """The share of some rows in the batch's loss, to call `backward` on, and their sums.
 
         Raises:
@@ -78,22 +98,40 @@ class Update:
         def padded(values: Sequence[np.ndarray | None]) -> Tensor:
             return pad_rows(values, logps_BT.shape[1], logps_BT.dtype, logps_BT.device)
 
+        old_logps_BT = logps_BT.detach() if self.start is None else padded([self.start[j] for j in micro])
+        guide_B = torch.from_numpy(batch.guide_B[places]).to(logps_BT.device)
+        weights_BT, sampling = None, SamplingSums()
+        if batch.behavior_logprobs is not None:
+            sampler_logps_BT = padded([batch.behavior_logprobs[i] for i in places])
+            weights_BT, sampling = self._sampling(old_logps_BT, sampler_logps_BT, mask_BT, guide_B)
         losses = token_losses(
             LossInputs(
                 step=batch.step,
                 logps_BT=logps_BT,
-                old_logps_BT=logps_BT.detach() if self.start is None else padded([self.start[j] for j in micro]),
+                old_logps_BT=old_logps_BT,
                 mask_BT=mask_BT,
                 advantages_B=torch.from_numpy(batch.advantages_B[places]).to(logps_BT.device),
-                guide_B=torch.from_numpy(batch.guide_B[places]).to(logps_BT.device),
+                guide_B=guide_B,
                 guide_logps_BT=padded([batch.guide_logprobs[i] for i in places]),
                 ref_logps_BT=padded([self.reference[j] for j in micro]) if self.reference else None,
+                sampling_weights_BT=weights_BT,
             ),
             self.algorithm,
         )
-        return losses.weighted_sum(self.weights_B[places].to(logps_BT.device)), losses.sums
+        share = losses.weighted_sum(self.weights_B[places].to(logps_BT.device))
+        return share, UpdateSums(losses.sums, sampling)
 
-    def metrics(self, sums: LossSums, loss: float, norm: float, rate: float) -> dict[str, float]:
+    def _sampling(
+        self, trainer_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, guide_B: Tensor
+    ) -> tuple[Tensor, SamplingSums]:
+        """Weights of the tokens for what sampled them, 1 in guide rows, and the sums of the own rows."""
+        own_BT = mask_BT & ~guide_B[:, None]
+        require_finite(self.batch.step, "sampler's", sampler_logps_BT, own_BT)
+        inputs = (trainer_logps_BT, sampler_logps_BT, own_BT)
+        how = (self.algorithm.sampling_correction, self.algorithm.sampling_cap)
+        return torch.where(own_BT, sampling_weights(*inputs, *how), 1), SamplingSums.of(*inputs, *how)
+
+    def metrics(self, sums: UpdateSums, loss: float, norm: float, rate: float) -> dict[str, float]:
         """See `Learner.step`.
 
         Raises:
@@ -102,7 +140,8 @@ class Update:
         if not (np.isfinite(norm) and np.isfinite(loss)):
             raise FloatingPointError(f"step {self.batch.step}: loss {loss} and gradient norm {norm} are not finite")
         return {
-            **sums.metrics(self.algorithm.kl_beta, sum(map(len, self.batch.completion_ids))),
+            **sums.losses.metrics(self.algorithm.kl_beta, sum(map(len, self.batch.completion_ids))),
+            **sums.sampling.metrics(),
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": rate,

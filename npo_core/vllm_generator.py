@@ -6,6 +6,7 @@ the trainer's own forward: vLLM computes no entropy, and scores a prompt at temp
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -66,6 +67,16 @@ class VllmGenerator:
         self.policy.load_weights(checkpoint.weights)
         self._sync(checkpoint.weights)
 
+    def take_weights(self) -> None:
+        """Gives the engine the policy's weights as they are now, by files.
+
+        Raises:
+            NearFutureError: see `load`.
+        """
+        with tempfile.TemporaryDirectory(prefix="near-future-") as scratch:
+            self.policy.save_weights(Path(scratch))
+            self._sync(Path(scratch))
+
     def sample(
         self, prompts: Sequence[np.ndarray], n: int, params: SamplingParams, streams: Sequence[StreamKey]
     ) -> Rollouts:
@@ -118,3 +129,36 @@ class VllmGenerator:
         params = SamplingParams(self.temperature, PROBE_LENGTH, ())
         ids, logprobs = self.engine.sample(prompts, params, range(len(prompts)))
         return compare(logprobs, self.policy.log_probs(prompts, ids, self.temperature)[0])
+
+
+class VllmRollouts:
+    """Samples a training policy's rollouts: before each sample the engine takes the weights that the policy has then,
+    so that none which it samples from can be stale.
+
+    Args:
+        vllm: holds the engine, and the policy that is trained.
+    """
+
+    def __init__(self, vllm: VllmGenerator) -> None:
+        self.vllm = vllm
+
+    def load(self, checkpoint: LocalCheckpoint) -> None:
+        """See `Generator.load`."""
+        self.vllm.policy.load_weights(checkpoint.weights)
+
+    def sample(
+        self, prompts: Sequence[np.ndarray], n: int, params: SamplingParams, streams: Sequence[StreamKey]
+    ) -> Rollouts:
+        """See `Generator.sample` and `VllmGenerator.take_weights`."""
+        self.vllm.take_weights()
+        return self.vllm.sample(prompts, n, params, streams)
+
+    def score(
+        self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], temperature: float
+    ) -> list[np.ndarray]:
+        """See `Generator.score`."""
+        return self.vllm.score(prompts, completions, temperature)
+
+    def close(self) -> None:
+        """See `Generator.close`."""
+        self.vllm.close()

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from npo_core import vllm_worker
+from npo_core import frames
 from npo_core.interfaces import ConfigurationError, NearFutureError, SamplingParams
 from npo_core.supervised import Supervised
-from npo_core.vllm_worker import Columns, receive, send
 from schemas.vllm import VllmSection
 
 logger = logging.getLogger("npo")
 
+WORKER = Path(__file__).with_name("vllm_worker.py")
 ENVIRONMENT = {
     # The engine in the worker itself: nothing is left when it ends.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -75,8 +75,8 @@ class VllmProcess:
             "stop_ids": list(params.stop_ids),
             "seeds": list(seeds),
         }
-        columns = self._ask(request, {"prompts": list(prompts)})
-        return columns["completion_ids"], columns["logprobs"]
+        _, arrays = self._ask(request, frames.ragged("prompts", prompts, np.int32))
+        return frames.rows_of("completion_ids", arrays), frames.rows_of("logprobs", arrays)
 
     def close(self) -> None:
         """Ends the process with all its children."""
@@ -101,18 +101,12 @@ class VllmProcess:
         return options
 
     def _start(self) -> None:
-        # Not resolved: a virtual environment's interpreter is a link, and knows by it where its packages are.
-        python = Path(self.settings.python).expanduser().absolute()
-        if not python.exists():
-            raise ConfigurationError(
-                f"vllm.python {python} is not there; `make setup-vllm` makes .venv-vllm, or name the interpreter of an "
-                "environment that has vLLM"
-            )
+        python = interpreter(self.settings)
         ours, theirs = socket.socketpair()
         with theirs:
             # -P: the directory of the script is no place to import from.
             self._process = Supervised(
-                [str(python), "-P", vllm_worker.__file__, str(theirs.fileno())],
+                [str(python), "-P", str(WORKER), str(theirs.fileno())],
                 ENVIRONMENT,
                 pass_fds=[theirs.fileno()],
             )
@@ -128,12 +122,14 @@ class VllmProcess:
                 self._said.append(text)
                 logger.info("vllm: %s", text)
 
-    def _ask(self, header: Mapping[str, Any], columns: Columns | None = None) -> dict[str, list[np.ndarray]]:
+    def _ask(
+        self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         assert self._socket is not None
         try:
-            send(self._socket, header, columns)
-            reply, rows = receive(self._socket)
-        except (EOFError, OSError) as error:
+            frames.send(self._socket, frames.pack(header, arrays))
+            reply, given = frames.unpack(frames.receive(self._socket))
+        except frames.DisconnectedError as error:
             said = "\n".join(self._said)
             self.close()
             raise NearFutureError(
@@ -145,4 +141,20 @@ class VllmProcess:
                 f"vLLM could not {header['request']}: {reply['error']}; its lines above say more, the section vllm "
                 "holds its options"
             )
-        return rows
+        return reply, given
+
+
+def interpreter(settings: VllmSection) -> Path:
+    """Of vLLM's environment.
+
+    Raises:
+        ConfigurationError: it is not there.
+    """
+    # Not resolved: a virtual environment's interpreter is a link, and knows by it where its packages are.
+    python = Path(settings.python).expanduser().absolute()
+    if not python.exists():
+        raise ConfigurationError(
+            f"vllm.python {python} is not there; `make setup-vllm` makes .venv-vllm, or name the interpreter of an "
+            "environment that has vLLM"
+        )
+    return python

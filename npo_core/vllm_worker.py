@@ -1,65 +1,37 @@
 """The process around vLLM's engine, in vLLM's own environment: it takes model directories and prompts from a socket,
 and gives token ids and log-probabilities back.
 
-Run as a script by vLLM's interpreter, which has none of our dependencies: nothing of ours may be imported here. Our
-side imports the frames.
-
-A frame is the length of a JSON header (8 bytes, big-endian), the header, and the raw bytes of the columns that the
-header's `columns` describe: ragged ones, of one array a row.
+Run as a script by vLLM's interpreter, which has none of our packages and dependencies: of ours it loads `frames` alone,
+by its path.
 """
 
 from __future__ import annotations
 
 import gc
-import json
+import importlib.util
 import socket
-import struct
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Columns = Mapping[str, Sequence[np.ndarray]]
-_LENGTH = struct.Struct(">Q")
+Arrays = Mapping[str, np.ndarray]
 
 
-def send(sock: socket.socket, header: Mapping[str, Any], columns: Columns | None = None) -> None:
-    """Writes a frame. The rows of a column have one type."""
-    described, body = {}, bytearray()
-    for name, rows in (columns or {}).items():
-        flat = np.concatenate(rows) if rows else np.empty(0, np.int32)
-        described[name] = [flat.dtype.str, [len(row) for row in rows]]
-        body += flat.tobytes()
-    head = json.dumps({**header, "columns": described}).encode()
-    sock.sendall(_LENGTH.pack(len(head)) + head + body)
+def _sibling(name: str) -> Any:
+    """The module in the file of this name beside this one."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def receive(sock: socket.socket) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
-    """Reads a frame: header and columns.
-
-    Raises:
-        EOFError: the other side has closed.
-    """
-    (length,) = _LENGTH.unpack(_exactly(sock, _LENGTH.size))
-    header = json.loads(_exactly(sock, length))
-    columns = {}
-    for name, (dtype, lengths) in header.pop("columns").items():
-        kind = np.dtype(dtype)
-        flat = np.frombuffer(_exactly(sock, sum(lengths) * kind.itemsize), kind)
-        columns[name] = np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
-    return header, columns
-
-
-def _exactly(sock: socket.socket, count: int) -> bytes:
-    body = bytearray()
-    while len(body) < count:
-        part = sock.recv(min(count - len(body), 1 << 20))
-        if not part:
-            raise EOFError("the other side has closed the socket")
-        body += part
-    return bytes(body)
+frames = _sibling("frames")
 
 
 class Worker:
@@ -68,7 +40,7 @@ class Worker:
     def __init__(self) -> None:
         self.llm: Any = None
 
-    def load(self, header: dict[str, Any], _: Columns) -> tuple[dict[str, Any], Columns]:
+    def load(self, header: dict[str, Any], _: Arrays) -> tuple[dict[str, Any], Arrays]:
         """A fresh engine with the weights of `model`, built by `options`."""
         import vllm
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -88,7 +60,7 @@ class Worker:
         )
         return {"vllm": vllm.__version__}, {}
 
-    def reload(self, header: dict[str, Any], _: Columns) -> tuple[dict[str, Any], Columns]:
+    def reload(self, header: dict[str, Any], _: Arrays) -> tuple[dict[str, Any], Arrays]:
         """The weights of `model` into the engine that there is. It may fail to take them without saying so: whoever
         asks has to check."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": header["model"]})
@@ -96,12 +68,13 @@ class Worker:
         self.llm.reset_prefix_cache()
         return {}, {}
 
-    def sample(self, header: dict[str, Any], columns: Columns) -> tuple[dict[str, Any], Columns]:
+    def sample(self, header: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
         """One completion a seed, prompt-major; a stop token belongs to the completion."""
         from vllm import SamplingParams
 
-        per_prompt = len(header["seeds"]) // len(columns["prompts"])
-        prompts = [{"prompt_token_ids": row.tolist()} for row in columns["prompts"] for _ in range(per_prompt)]
+        rows = frames.rows_of("prompts", arrays)
+        per_prompt = len(header["seeds"]) // len(rows)
+        prompts = [{"prompt_token_ids": row.tolist()} for row in rows for _ in range(per_prompt)]
         params = [
             SamplingParams(
                 temperature=header["temperature"],
@@ -116,16 +89,14 @@ class Worker:
             for seed in header["seeds"]
         ]
         outputs = [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
-        return {}, {
-            "completion_ids": [np.array(output.token_ids, np.int32) for output in outputs],
-            "logprobs": [
-                np.array(
-                    [at[token].logprob for token, at in zip(output.token_ids, output.logprobs, strict=True)],
-                    np.float32,
-                )
-                for output in outputs
-            ],
-        }
+        ids = [np.array(output.token_ids, np.int32) for output in outputs]
+        logprobs = [
+            np.array(
+                [at[token].logprob for token, at in zip(output.token_ids, output.logprobs, strict=True)], np.float32
+            )
+            for output in outputs
+        ]
+        return {}, frames.ragged("completion_ids", ids, np.int32) | frames.ragged("logprobs", logprobs, np.float32)
 
 
 def main() -> None:
@@ -135,15 +106,15 @@ def main() -> None:
     requests = {"load": worker.load, "reload": worker.reload, "sample": worker.sample}
     while True:
         try:
-            header, columns = receive(sock)
-        except EOFError:
+            header, arrays = frames.unpack(frames.receive(sock))
+        except frames.DisconnectedError:
             return
         try:
-            reply, rows = requests[header["request"]](header, columns)
+            reply, given = requests[header["request"]](header, arrays)
         except Exception as error:  # the engine's own, of any kind: the other side reports it
             traceback.print_exc()
-            reply, rows = {"error": f"{type(error).__name__}: {error}"}, {}
-        send(sock, reply, rows)
+            reply, given = {"error": f"{type(error).__name__}: {error}"}, {}
+        frames.send(sock, frames.pack(reply, given))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import platform
 import tempfile
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
@@ -29,6 +30,7 @@ from npo_core.rows import EVERY_ROW, Where, read_rows
 from npo_core.run_config import configure
 from npo_core.segment import LegContext
 from npo_core.shards import sampling_config
+from npo_core.vllm_version import sampler_name
 from schemas import tables
 from schemas.config import Config
 from schemas.decisions import MonitorState
@@ -36,6 +38,8 @@ from schemas.records import CheckpointRef, GuideManifest, LegKind, LegRecord, Ru
 from schemas.sharding import ShardingSection
 
 logger = logging.getLogger("npo")
+
+Sampled = Literal["rollout", "guide", "evaluation"]
 
 
 class Workspace:
@@ -156,7 +160,7 @@ class Workspace:
             return self._engine
         self._holds = None
         with self._checked_out(ref, weights_only=not optimizer) as local:
-            engine = self._engine = self._engine or Engine.build(self.config, local.weights, self._starting_policy)
+            engine = self._engine = self._engine or self._build(local.weights)
             if optimizer:
                 engine.learner.load(local, rate)
             else:
@@ -181,8 +185,8 @@ class Workspace:
         return engine.frozen
 
     def trained(self) -> None:
-        """Forgets which checkpoint the engine holds: its weights are changing."""
-        self._holds = None
+        """Forgets which checkpoints the engine holds: its weights are changing."""
+        self._holds = self._frozen_holds = None
 
     def now_holds(self, ref: CheckpointRef, kind: LegKind) -> None:
         """The engine's weights, optimizer and state are those of this checkpoint, which a leg of this kind has just
@@ -243,6 +247,12 @@ class Workspace:
         with tempfile.TemporaryDirectory(dir=self.scratch) as directory:
             yield self.run.checkout(ref, Path(directory), weights_only=weights_only)
 
+    def _build(self, model_dir: Path) -> Engine:
+        engine = Engine.build(self.config, model_dir, self._starting_policy)
+        # What runs in a process of its own, on a GPU perhaps, ends with the workspace.
+        weakref.finalize(self, engine.frozen.close)
+        return engine
+
     def _starting_policy(self, load: Callable[[Path], Policy]) -> Policy:
         """Loads the starting policy, which the KL term refers to."""
         warm = new_leg(self.record, "warm", None, 0)
@@ -268,8 +278,12 @@ def require_same_terms(guide: GuideManifest, record: RunRecord) -> None:
             )
 
 
-def environment(config: Config) -> dict[str, str]:
-    """Fingerprint of what computes: shown beside a segment, not part of any identity."""
+def environment(config: Config, sampled: Sampled = "rollout") -> dict[str, str]:
+    """Fingerprint of what computes: shown beside an artifact, not part of any identity.
+
+    Args:
+        sampled: the work whose sampler stands in it.
+    """
     learner = config.learner
     return {
         "torch": torch.__version__,
@@ -283,8 +297,7 @@ def environment(config: Config) -> dict[str, str]:
         "chunk_vocab": str(learner.chunk_vocab),
         "attention": config.model.attention,
         "gradient_checkpointing": str(learner.gradient_checkpointing),
-        "generator": "transformers",
-        **({"vllm": ", ".join(config.vllm.samples)} if config.vllm.samples else {}),
+        "generator": sampler_name(config.vllm) if sampled in config.vllm.samples else "transformers",
         "learner": _learner_name(config),
     }
 

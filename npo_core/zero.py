@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,10 @@ from torch import Tensor
 
 from npo_core.interfaces import LocalCheckpoint, TrainBatch
 from npo_core.learner import MOMENTS, OPTIMIZER_FILE, STATE_FILE, load_moments, resume_schedule, warmup
-from npo_core.losses import LossSums
 from npo_core.padding import rank_batches
 from npo_core.policy import Policy
 from npo_core.ranks import Ranks
-from npo_core.update import Update
+from npo_core.update import Update, UpdateSums
 from schemas.config import Config
 
 MASTER_FILE = "optimizer/master.safetensors"
@@ -165,23 +164,23 @@ class ZeroPolicy:
         """One optimizer update on the rows that have a gradient."""
         batch = update.batch
         loss = torch.zeros((), dtype=torch.float64)
-        sums = LossSums()
+        sums = UpdateSums()
         own = self._own(update.lengths)
         for i, micro in enumerate(own):
             if micro:
                 share, seen = update.share(self.engine, micro)
                 loss += share.detach().cpu()
-                sums += LossSums(*(getattr(seen, f.name).cpu() for f in fields(seen)))
+                sums += seen.through(Tensor.cpu, Tensor.cpu)
             else:
                 share = self._no_share(batch.prompt_ids[0], batch.completion_ids[0])
             self._backward(share, last=i == len(own) - 1)
-        counted = self.ranks.total(torch.stack([loss, *(getattr(sums, f.name) for f in fields(sums))]))
+        loss, sums = self.ranks.total(loss), sums.through(self.ranks.total, self.ranks.largest)
         rate = float(self.scheduler.get_last_lr()[0])
         norm = self._clipped() if self._stage == 0 else None
         self.engine.step()
         self.scheduler.step()
         norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
-        return update.metrics(LossSums(*counted[1:]), float(counted[0]), norm, rate)
+        return update.metrics(sums, float(loss), norm, rate)
 
     def _own(self, lengths: Sequence[int]) -> list[list[int]]:
         """This rank's micro-batches."""

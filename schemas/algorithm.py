@@ -39,3 +39,9 @@ class AlgorithmSection(Section):
     """c of `truncated`: largest detached importance weight."""
     shaping_gamma: float = Field(0.1, gt=0)
     """γ of `shaped`: f(ρ) = ρ/(ρ+γ)."""
+    sampling_correction: Literal["none", "token-truncated", "sequence-mask"] = "none"
+    """Importance correction of the policy's own rows for the engine that sampled them, by the ratio ρ of the trainer's
+    probabilities to the engine's: `token-truncated` weights each token by min(ρ, cap), `sequence-mask` every token by
+    the row's product of ratios, and by 0 if it exceeds the cap. Guide rows have `guide_correction`."""
+    sampling_cap: float = Field(2.0, gt=0)
+    """c of `sampling_correction`: largest weight."""

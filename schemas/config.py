@@ -189,6 +189,11 @@ class Config(Section):
             )
         if self.learner.engine == "deepspeed":
             self._require_deepspeed_can()
+        if "rollout" in self.vllm.samples and self.vllm.url is not None:
+            raise ValueError(
+                f"vllm.samples holds rollout, but the server at vllm.url {self.vllm.url} takes no new weights after a "
+                "step; take rollout out, or vllm.url"
+            )
         for intervention in self.future.interventions:
             if intervention.stop > self.run.total_steps:
                 raise ValueError(
@@ -210,6 +215,11 @@ class Config(Section):
                 f"learner.device {self.learner.device} names one GPU, but each rank of learner.engine deepspeed takes "
                 "its own; use cuda, and CUDA_VISIBLE_DEVICES to choose"
             )
+
+    @property
+    def weighs_sampling(self) -> bool:
+        """Whether an update looks at what its rollouts were sampled by: another engine, or one to be corrected for."""
+        return "rollout" in self.vllm.samples or self.algorithm.sampling_correction != "none"
 
     def scout(self) -> Config:
         """The configuration of the future leg: this one under `future.scout`'s overrides."""

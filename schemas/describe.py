@@ -109,6 +109,9 @@ Everything of a run lies under `STORE/RUN`. In capitals what differs; `START`, `
 overwritten; `HASH`, the first 16 digits of the SHA-256, is in a data file's name. A killed attempt may leave data files
 that no manifest names: a glob over the folder sees them, `npo files RUN` does not. It prints the files to open.
 
+A column that may be missing is younger than the others: a file lacks it where no row has a value. DuckDB reads files
+with and without it by `union_by_name`, polars by `pl.concat([pl.scan_parquet(f) for f in files], how="diagonal")`.
+
 The JSON records are described in `schemas/records.py` and `schemas/decisions.py`.
 """
 
@@ -129,7 +132,8 @@ def _section(heading: str, of: Described) -> str:
     lines += ["| column | type | null? | |", "|---|---|---|---|"]
     for field in of.schema:
         text = field.metadata[tables.DESCRIPTION].decode().replace("|", "\\|")
-        lines.append(f"| `{field.name}` | {_type(field.type)} | {'yes' if field.nullable else 'no'} | {text} |")
+        nullable = "yes, or no column" if tables.LATER in field.metadata else "yes" if field.nullable else "no"
+        lines.append(f"| `{field.name}` | {_type(field.type)} | {nullable} | {text} |")
     return "\n".join([*lines, ""])
 
 

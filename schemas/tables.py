@@ -13,10 +13,13 @@ _META = {b"near_future.schema_version": str(SCHEMA_VERSION).encode()}
 DESCRIPTION = b"description"
 """Key of a column's description in its field's metadata. Descriptions are no part of a schema's identity: files of
 another wording are read as they are."""
+LATER = b"later"
+"""Key in the metadata of a column that is younger than version 1 of its schema: a file lacks it where all of it
+would be null, as every older file does, and no digest knows such a column."""
 
 
-def _column(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
-    return pa.field(name, kind, nullable, {DESCRIPTION: description.encode()})
+def _column(name: str, kind: pa.DataType, description: str, nullable: bool = False, later: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable, {DESCRIPTION: description.encode()} | ({LATER: b"yes"} if later else {}))
 
 
 TRAJECTORY_KEY = ("leg_id", "step", "prompt_id", "slot", "source")
@@ -129,7 +132,15 @@ METRIC_DESCRIPTIONS = {
     "tokens/policy": "Completion tokens that the policy sampled.",
     "tokens/trained": "Completion tokens that went through the backward pass.",
 }
-METRIC_COLUMNS = tuple(METRIC_DESCRIPTIONS)
+SAMPLING_DESCRIPTIONS = {
+    "sampling/logp_difference_mean": "|log π_trainer − log π_sampler| in nats, mean over the update's own tokens.",
+    "sampling/logp_difference_max": "The largest such difference, nats.",
+    "sampling/ratio_mean": "π_trainer/π_sampler, mean over the update's own tokens.",
+    "sampling/ess": "Relative effective sample size of these tokens' weights under algorithm.sampling_correction.",
+    "sampling/corrected": "Share of these tokens that the correction truncates or masks.",
+}
+"""Metrics of steps whose sampler is no part of the trainer, or whose updates are corrected for it."""
+METRIC_COLUMNS = (*METRIC_DESCRIPTIONS, *SAMPLING_DESCRIPTIONS)
 """A step's metrics, TRL's names first."""
 
 MONITOR_COLUMNS = ("autonpo/reward_ema", "autonpo/entropy_ema")
@@ -144,6 +155,7 @@ METRICS = pa.schema(
         _LEG_ID,
         _STEP,
         *(_column(name, pa.float64(), text, nullable=True) for name, text in METRIC_DESCRIPTIONS.items()),
+        *(_column(name, pa.float64(), text, nullable=True, later=True) for name, text in SAMPLING_DESCRIPTIONS.items()),
     ],
     metadata=_META,
 )

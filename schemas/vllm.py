@@ -14,9 +14,10 @@ class VllmSection(Section):
     """vLLM, in an environment and a process of its own, in place of transformers. Not part of the run's identity: what
     computed an artifact is in its environment."""
 
-    samples: tuple[Literal["guide", "evaluation"], ...] = ()
-    """What vLLM samples: answers of the guide, of the evaluation. All else is sampled by transformers, in process:
-    rollouts too, whose policy changes every step."""
+    samples: tuple[Literal["rollout", "guide", "evaluation"], ...] = ()
+    """What vLLM samples: training rollouts, answers of the guide, of the evaluation. All else is sampled by
+    transformers, in process. With `rollout` vLLM takes the trainer's weights before each step: in place on a GPU, by a
+    fresh engine on a CPU, which costs about 10 s a step."""
     python: str = ".venv-vllm/bin/python"
     """Interpreter of vLLM's environment, which `make setup-vllm` makes. Relative to the working directory."""
     url: str | None = None
@@ -34,7 +35,7 @@ class VllmSection(Section):
     """No CUDA graphs: slower to sample, faster to start."""
     tolerance: float | None = Field(None, gt=0)
     """Largest mean difference of the engine's log-probabilities from the trainer's, in nats a token, on a probe after
-    each load; by default 1e-4 where both compute in float32, else 0.05."""
+    each load and sync; by default 1e-4 where both compute in float32, else 0.05."""
 
     @field_validator("url")
     @classmethod

@@ -94,7 +94,7 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
             bar(done - start, watched)
             advance(done - leg.start, watched)
 
-        tables = run_segment(context, engine.generator, engine.learner, start, stop, on_step)
+        tables = run_segment(context, engine.rollouts, engine.learner, start, stop, on_step)
     rows = opened.run.put_rows(leg, start, stop, tables.rollouts, tables.metrics, tables.telemetry)
     with tempfile.TemporaryDirectory(dir=opened.scratch) as directory:
         engine.learner.save(Path(directory))

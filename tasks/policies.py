@@ -70,7 +70,7 @@ def make_guide(
     asked = () if spec.source == "leg" else sources.unserved(spec, reused, steps)
     sampled, tokens = sample_guide(opened, spec, identifier, asked)
     trajectories = sources.with_sampled(reused, sampled)
-    return opened.run.commit_guide(spec, trajectories, tokens, environment(config))
+    return opened.run.commit_guide(spec, trajectories, tokens, environment(config, "guide"))
 
 
 def _rollouts_behind(run: RunArtifacts, spec: GuideSpec) -> Iterator[pa.Table]:
@@ -127,4 +127,6 @@ def evaluate_policy(run: str, checkpoint: CheckpointRef) -> EvalManifest:
             samples,
             lambda done, correct: bar(done, {"accuracy": correct / (done * samples)}),
         )
-    return opened.run.commit_evaluation(identifier, checkpoint, samples, evaluation, environment(opened.config))
+    return opened.run.commit_evaluation(
+        identifier, checkpoint, samples, evaluation, environment(opened.config, "evaluation")
+    )

@@ -23,6 +23,7 @@ from npo_core.learner import TorchLearner
 from schemas.config import Config
 from tests.command import ROOT
 from tests.test_learner import RATE, batch, config
+from tests.test_sampling_correction import perturbed
 from tests.tiny import VOCAB, tiny_policy
 
 pytestmark = [pytest.mark.engines, pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="no DeepSpeed")]
@@ -102,6 +103,27 @@ def test_it_computes_what_torch_does_and_they_take_over_from_each_other(tmp_path
         assert ours_ == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     for one, other in zip(logps, in_torch, strict=True):
         assert np.concatenate(one) == pytest.approx(np.concatenate(other), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(("ranks", "correction"), [(1, "token-truncated"), (2, "sequence-mask")])
+def test_it_corrects_for_the_sampler_as_torch_does(tmp_path: Path, ranks: int, correction: str) -> None:
+    """Metrics too: sums and a maximum over micro-batches and ranks."""
+    algorithm = {"algorithm": {"sampling_correction": correction, "sampling_cap": 1.3}}
+    settings_ = settings(ranks, 2).model_copy(update={"algorithm": config(**algorithm).algorithm})
+    first = start(tmp_path, settings_)
+    alone = torch_learner(tmp_path / "alone", settings_)
+    alone.load(first, RATE)
+    data = [perturbed(alone.policy, settings_, batch(step)) for step in range(2)]
+    wanted = [alone.step(one) for one in data]
+    alone.save(tmp_path / "torch-2")
+    with deepspeed(tmp_path / "ours", settings_) as ours:
+        ours.load(first, RATE)
+        found = [ours.step(one) for one in data]
+        ours.save(tmp_path / "deepspeed-2")
+    assert distance(tmp_path / "deepspeed-2", tmp_path / "torch-2") < TOLERANCE
+    for ours_, theirs in zip(found, wanted, strict=True):
+        assert 0 < theirs["sampling/corrected"] < 1
+        assert ours_ == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
 def processes(learner: DeepSpeedLearner) -> list[psutil.Process]:

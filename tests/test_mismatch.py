@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npo_core.mismatch import Correction, sampling_metrics, sampling_weights
+from npo_core.mismatch import Correction, SamplingSums, sampling_weights
 
 CORRECTIONS: tuple[Correction, ...] = ("none", "token-truncated", "sequence-mask")
 LOGP = st.floats(-8, -0.01)
@@ -51,7 +51,7 @@ def test_weights_and_metrics_are_those_of_the_formulas(
         assert weights_BT[b, : len(row)].tolist() == pytest.approx(row, rel=1e-9, abs=1e-12)
         assert not weights_BT[b, len(row) :].any()
     flat, tokens = [w for row in expected for w in row], [token for row in rows for token in row]
-    metrics = sampling_metrics(*inputs, correction, cap)
+    metrics = SamplingSums.of(*inputs, correction, cap).metrics()
     differences = [abs(ours - theirs) for ours, theirs in tokens]
     assert metrics["sampling/logp_difference_mean"] == pytest.approx(sum(differences) / len(tokens))
     assert metrics["sampling/logp_difference_max"] == pytest.approx(max(differences))
@@ -61,11 +61,24 @@ def test_weights_and_metrics_are_those_of_the_formulas(
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
+@given(rows=ROWS, cap=CAPS, cut=st.integers(0, 5))
+def test_the_sums_of_parts_are_those_of_the_whole(
+    correction: Correction, rows: list[list[tuple[float, float]]], cap: float, cut: int
+) -> None:
+    trainer_BT, sampler_BT, mask_BT = padded(rows)
+    whole = SamplingSums.of(trainer_BT, sampler_BT, mask_BT, correction, cap)
+    parts = SamplingSums()
+    for part in (slice(0, cut), slice(cut, None)):
+        parts += SamplingSums.of(trainer_BT[part], sampler_BT[part], mask_BT[part], correction, cap)
+    assert parts.metrics() == pytest.approx(whole.metrics(), rel=1e-12)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
 def test_where_sampler_and_trainer_agree_nothing_is_corrected(correction: Correction) -> None:
     logps_BT = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]])
     mask_BT = torch.tensor([[True, True], [True, False]])
     assert torch.equal(sampling_weights(logps_BT, logps_BT, mask_BT, correction, 2.0), mask_BT.double())
-    metrics = sampling_metrics(logps_BT, logps_BT, mask_BT, correction, 2.0)
+    metrics = SamplingSums.of(logps_BT, logps_BT, mask_BT, correction, 2.0).metrics()
     assert (metrics["sampling/corrected"], metrics["sampling/ess"], metrics["sampling/ratio_mean"]) == (0, 1, 1)
 
 
@@ -73,7 +86,8 @@ def test_the_share_that_is_corrected_counts_tokens() -> None:
     trainer_BT = torch.tensor([[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]])
     sampler_BT = torch.tensor([[-3.0, -1.0, -1.0], [-1.0, -1.0, -1.0]])
     mask_BT = torch.ones(2, 3, dtype=torch.bool)
-    shares = [sampling_metrics(trainer_BT, sampler_BT, mask_BT, c, 2.0)["sampling/corrected"] for c in CORRECTIONS]
+    of = (SamplingSums.of(trainer_BT, sampler_BT, mask_BT, correction, 2.0) for correction in CORRECTIONS)
+    shares = [sums.metrics()["sampling/corrected"] for sums in of]
     assert shares == pytest.approx([0, 1 / 6, 1 / 2])
 
 

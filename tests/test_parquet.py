@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -92,6 +95,47 @@ def test_nan_payloads_count() -> None:
     place = METRICS.names.index("loss")
     tables = [row.set_column(place, METRICS.field(place), pa.array(bits[i : i + 1])) for i in range(2)]
     assert len({parquet.logical_digest(table, METRICS) for table in tables}) == 2
+
+
+OLDER = pa.schema([field for field in METRICS if not field.name.startswith("sampling/")], METRICS.metadata)
+"""The metrics as they were before there were others."""
+
+
+def _metrics(**values: float) -> pa.Table:
+    rows = [{"run_id": "r", "leg_id": "l", "step": step, "loss": 0.5, **values} for step in range(3)]
+    return pa.Table.from_pylist(rows, METRICS)
+
+
+def test_rows_without_a_value_in_a_later_column_are_those_of_a_file_that_knows_none() -> None:
+    table, older = _metrics(), _metrics().select(OLDER.names)
+    data = parquet.encode(table, METRICS)
+    assert data == parquet.encode(older, OLDER)
+    assert parquet.logical_digest(table, METRICS) == parquet.logical_digest(older, OLDER)
+    read = parquet.decode(data, METRICS, "key")
+    assert read.equals(table)
+    assert parquet.logical_digest(read, METRICS) == parquet.logical_digest(table, METRICS)
+    columns = ["sampling/ess", "step"]
+    groups = parquet.RowGroups(io.BytesIO(data), parquet.footer_digest(data), METRICS, "key")
+    for part in (parquet.decode(data, METRICS, "key", columns), groups.read([0], columns)):
+        assert part.to_pydict() == {"sampling/ess": [None] * 3, "step": [0, 1, 2]}
+    filtered = parquet.decode(data, METRICS, "key", ["sampling/ess"], pc.field("step") > 0)
+    assert filtered.to_pydict() == {"sampling/ess": [None] * 2}
+
+
+def test_a_value_in_a_later_column_is_kept_and_counts() -> None:
+    one, other = _metrics(**{"sampling/ess": 0.5}), _metrics(**{"sampling/ess": 0.25})
+    data = parquet.encode(one, METRICS)
+    assert pq.read_schema(pa.BufferReader(data)).names == [*OLDER.names, "sampling/ess"]
+    assert parquet.decode(data, METRICS, "key").equals(one)
+    digests = {parquet.logical_digest(table, METRICS) for table in (_metrics(), one, other)}
+    assert len(digests) == 3
+
+
+def test_a_missing_column_that_is_no_later_one_is_refused() -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(_metrics().drop_columns(["loss"]), sink)
+    with pytest.raises(StoreError, match=r"the-key has another schema \(.*loss"):
+        parquet.decode(sink.getvalue().to_pybytes(), METRICS, "the-key")
 
 
 def test_another_schema_or_version_is_refused_with_the_keys_name() -> None:

@@ -1,4 +1,4 @@
-"""The process around vLLM as far as it goes without vLLM: frames, and what is said when it cannot start."""
+"""The process around vLLM as far as it goes without vLLM: what is said when it cannot start."""
 
 from __future__ import annotations
 
@@ -7,43 +7,13 @@ import socket
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from npo_core.interfaces import ConfigurationError, NearFutureError, StreamKey
 from npo_core.streams import row_seed
 from npo_core.vllm_process import VllmProcess
 from npo_core.vllm_served import VllmServed
-from npo_core.vllm_worker import receive, send
 from schemas.vllm import VllmSection
-
-RAGGED = st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5), max_size=5)
-
-
-@given(ids=RAGGED, logprobs=RAGGED)
-def test_a_frame_arrives_as_it_was_sent(ids: list[list[int]], logprobs: list[list[int]]) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        sent = {"ids": [np.array(row, np.int32) for row in ids], "lp": [np.array(row, np.float32) for row in logprobs]}
-        send(ours, {"request": "sample", "seeds": [2**63 - 1]}, sent)
-        header, columns = receive(theirs)
-    assert header == {"request": "sample", "seeds": [2**63 - 1]}
-    for name, rows in sent.items():
-        assert len(columns[name]) == len(rows)
-        for got, want in zip(columns[name], rows, strict=True):
-            np.testing.assert_array_equal(got, want)
-            assert got.dtype == want.dtype
-
-
-def test_a_closed_socket_is_an_end_not_half_a_frame() -> None:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        with ours:
-            ours.sendall(b"\0\0\0")
-        with pytest.raises(EOFError):
-            receive(theirs)
 
 
 def test_a_missing_environment_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:

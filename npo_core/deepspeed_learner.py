@@ -98,7 +98,7 @@ class DeepSpeedLearner:
         path = self._running.session / "weights.safetensors"
         self._running.call({"do": "write_weights", "path": str(path)})
         fresh = load_file(path)
-        for name, parameter in self.policy.model.named_parameters():
+        for name, parameter in self.policy.parameters.items():
             parameter.copy_(fresh[name])
         path.unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from npo_core.vllm_generator import VllmGenerator
 from npo_core.vllm_process import VllmProcess
 from npo_core.vllm_served import VllmServed
 from schemas.config import Config
+
+logger = logging.getLogger("npo")
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,17 @@ class Engine:
         """
 
         def load(path: Path) -> Policy:
-            return Policy(path, config.model, config.learner)
+            return Policy(path, config.model, config.learner, config.run.seed)
 
         # Exactness: the same kernels in the same order, whoever started the process.
         torch.set_num_threads(config.learner.threads)
         # On a GPU some of the kernels that sampling needs have no deterministic form; bit-identity is promised on CPUs.
         torch.use_deterministic_algorithms(choose_device(config.learner.device).type == "cpu")
         policy = load(model_dir)
+        if policy.lora:
+            trained = sum(p.numel() for p in policy.parameters.values())
+            total = sum(p.numel() for p in policy.model.parameters())
+            logger.info("LoRA trains %d of %d parameters (%.2f %%)", trained, total, 100 * trained / total)
         reference = starting_policy(load) if config.algorithm.kl_beta > 0 else None
         learner = DeepSpeedLearner if config.learner.engine == "deepspeed" else TorchLearner
         generator = TransformersGenerator(policy, config.rollout.max_rows)
@@ -64,4 +71,4 @@ def _vllm(config: Config, policy: Policy) -> VllmGenerator:
     sampler = VllmServed(settings.url) if settings.url else VllmProcess(settings, dtype)
     # On a CPU vLLM keeps its old weights.
     in_place = policy.device.type != "cpu"
-    return VllmGenerator(sampler, policy, config.rollout.temperature, tolerance, in_place)
+    return VllmGenerator(sampler, policy, config.rollout.temperature, tolerance, in_place, config.vllm.lora == "merged")

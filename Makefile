@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup setup-dev setup-vllm setup-deepspeed demo test check engines bench soak browser clean
+.PHONY: help setup setup-dev setup-vllm setup-engines demo test check engines bench soak browser clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,11 +50,12 @@ $(VLLM_VENV)/.cuda: deploy/requirements-vllm.txt | $(VLLM_VENV)/bin/python
 	$(VLLM_VENV)/bin/python -m pip install -q -r deploy/requirements-vllm.txt
 	@touch $@
 
-setup-deepspeed: $(VENV)/.deepspeed  ## DeepSpeed in .venv
+setup-engines: $(VENV)/.engines  ## DeepSpeed, peft and Ray in .venv
 
 # Its setup.py imports torch, which an isolated build would not find.
-$(VENV)/.deepspeed: $(VENV)/.core
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[deepspeed]'
+$(VENV)/.engines: $(VENV)/.core
+	$(BIN)/python -m pip install -q setuptools wheel
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[deepspeed,lora,ray]'
 	@touch $@
 
 demo: setup  ## GRPO and NPO on the embedded testbed, compared
@@ -75,8 +76,8 @@ test: setup-dev browser postgres  ## everything but the long counts and the othe
 	$(BIN)/mypy
 	$(PYTEST) -m "not soak and not engines"
 
-engines: setup-dev setup-vllm  ## the tests that run vLLM
-	$(BIN)/python -m pytest -m engines --timeout 1200
+engines: setup-dev setup-engines setup-vllm  ## the tests that run vLLM, DeepSpeed or Ray
+	$(PYTEST) -m engines --timeout 1200
 
 soak: setup-dev  ## the long counts: random kills
 	$(BIN)/python -m pytest -m soak -s --timeout 7200

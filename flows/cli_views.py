@@ -235,9 +235,12 @@ def export(
     step: Annotated[
         int | None, typer.Option(min=0, help="Step of the main line; by default its last checkpoint.")
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a run with model.lora the adapter alone, in peft's files.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Exports a model directory that from_pretrained and vLLM load.
+    """Exports a model directory that from_pretrained and vLLM load; adapters are merged into it.
 
     Example:
 
@@ -248,7 +251,7 @@ def export(
 
     opened = open_existing(run)
     ref = main_line_checkpoint(opened, step)
-    path, digest = export_checkpoint(opened, ref, to)
+    path, digest = export_checkpoint(opened, ref, to, adapter)
     emit(json, {"path": str(path), "digest": digest, "step": ref.step}, f"step {ref.step} exported to {path}")
 
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from npo_core import testbed
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, prompts_digest
 from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt
+from npo_core.lora import has_adapter, merge
 from npo_core.prompts import encode, load_source, load_verifier, to_arrow
 from npo_core.run_config import keep_config
 from npo_core.store import open_store
@@ -82,7 +83,8 @@ def starting_model(config: Config, scratch: Path) -> Path:
             ref = main_line_checkpoint(other, None if step is None else int(step))
         except NearFutureError as error:
             raise ConfigurationError(f"model.start_from {source}: {error}") from error
-        return other.checkout(ref, scratch, weights_only=True).weights
+        weights = other.checkout(ref, scratch / "other", weights_only=True).weights
+        return merge(weights, scratch / "merged") if has_adapter(weights) else weights
     if config.model.path == "testbed":
         return testbed.model_dir()
     path = Path(config.model.path).expanduser()

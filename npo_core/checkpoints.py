@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
+from npo_core import lineage
 from npo_core.faults import fault_point
-from npo_core.interfaces import LocalCheckpoint, NearFutureError
+from npo_core.interfaces import ADAPTER, LocalCheckpoint, NearFutureError
 from npo_core.monitor import MONITOR_FILE
 from npo_core.run_files import Environment, RunFiles, origin
 from npo_core.store import StoreError
@@ -22,12 +23,21 @@ from npo_core.tombstones import big_files, removals
 from schemas import layout
 from schemas.decisions import MonitorState
 from schemas.digest import digest_json
-from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest, SegmentRows, Tombstone
+from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Manifest, RunRecord, SegmentRows, Tombstone
 
 logger = logging.getLogger("npo")
 
 ALLOWED_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model")
-_FOLDERS = {"weights": "weights", "model": "weights", "optimizer": "optimizer", "state": ".", "monitor": "."}
+POLICY = ("weights", "adapter")
+"""Roles of a policy's files: a checkpoint has either, and an adapter's weights are the starting policy's."""
+_FOLDERS = {
+    "weights": "weights",
+    "adapter": f"weights/{ADAPTER}",
+    "model": "weights",
+    "optimizer": "optimizer",
+    "state": ".",
+    "monitor": ".",
+}
 """Where a file lies in a checkpoint's directory, by its role (see `LocalCheckpoint`)."""
 
 
@@ -110,7 +120,7 @@ class Checkpoints(RunFiles):
             leg_id=leg_id,
             step=step,
             digest=files_digest(files),
-            weights_digest=files_digest(entry for entry in files if entry.role == "weights"),
+            weights_digest=files_digest(policy_files(files)),
             segment=rows,
             **origin(environment),
         )
@@ -139,11 +149,24 @@ class Checkpoints(RunFiles):
                 f"{ref.digest[:12]} as it is referred to; restore it from a copy"
             )
         self.require_present(manifest)
-        for entry in manifest.files:
-            if entry.role == "weights" or not weights_only:
-                self._fetch(entry, directory / _FOLDERS[entry.role] / entry.name)
+        files = list(policy_files(manifest.files) if weights_only else manifest.files)
+        if any(entry.role == "adapter" for entry in files):
+            files += policy_files(self.starting_policy().files)
+        for entry in files:
+            self._fetch(entry, directory / _FOLDERS[entry.role] / entry.name)
         self.checkout_model(directory / _FOLDERS["model"])
         return LocalCheckpoint(directory, manifest.digest, manifest.step)
+
+    def starting_policy(self) -> CheckpointManifest:
+        """The warm leg's checkpoint, whose weights the adapters of a LoRA run belong to.
+
+        Raises:
+            NearFutureError: it is missing.
+        """
+        record = self.store.read(layout.RUN, RunRecord)
+        if record is None:
+            raise StoreError(f"{self.uri}/{layout.RUN} is missing; restore it from a copy")
+        return self.require_checkpoint(lineage.leg_id(record.recipe_digest, None, "warm", 0, None), 0)
 
     def monitor_state(self, ref: CheckpointRef) -> MonitorState:
         """AutoNPO's state at a checkpoint; empty where none was saved, as in a starting policy's.
@@ -225,6 +248,11 @@ def require_safe_name(name: str) -> None:
         )
 
 
+def policy_files(files: Iterable[FileEntry]) -> tuple[FileEntry, ...]:
+    """Of a checkpoint's files those that say which policy it is."""
+    return tuple(entry for entry in files if entry.role in POLICY)
+
+
 def files_digest(files: Iterable[FileEntry]) -> str:
     """SHA-256 over (role, name, sha256) of files, sorted: what they hold, wherever they lie."""
     return digest_json(sorted([entry.role, entry.name, entry.sha256] for entry in files))
@@ -239,13 +267,15 @@ def _checkpoint_files(directory: Path) -> list[tuple[str, Path]]:
         folder = path.parent.relative_to(directory).as_posix()
         if folder == "weights" and _is_weights(path.name):
             found.append(("weights", path))
+        elif folder == _FOLDERS["adapter"]:
+            found.append(("adapter", path))
         elif folder == "optimizer":
             found.append(("optimizer", path))
         elif folder == "." and path.name == "state.json":
             found.append(("state", path))
         elif folder == "." and path.name == MONITOR_FILE:
             found.append(("monitor", path))
-    if not any(role == "weights" for role, _ in found):
+    if not any(role in POLICY for role, _ in found):
         raise NearFutureError(f"{directory} holds no weights/*.safetensors; save the policy as safetensors")
     return found
 

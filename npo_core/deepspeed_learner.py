@@ -47,7 +47,7 @@ class DeepSpeedLearner:
     def __init__(self, policy: Policy, config: Config, reference: Policy | None = None) -> None:
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigurationError(
-                "learner.engine deepspeed needs DeepSpeed, which is not installed; `make setup-deepspeed` installs it, "
+                "learner.engine deepspeed needs DeepSpeed, which is not installed; `make setup-engines` installs it, "
                 "or use learner.engine torch"
             )
         self.policy, self.config, self.reference = policy, config, reference
@@ -98,7 +98,7 @@ class DeepSpeedLearner:
         path = self._running.session / "weights.safetensors"
         self._running.call({"do": "write_weights", "path": str(path)})
         fresh = load_file(path)
-        for name, parameter in self.policy.model.named_parameters():
+        for name, parameter in self.policy.parameters.items():
             parameter.copy_(fresh[name])
         path.unlink()
 

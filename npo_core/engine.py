@@ -48,13 +48,17 @@ class Engine:
         """
 
         def load(path: Path) -> Policy:
-            return Policy(path, config.model, config.learner)
+            return Policy(path, config.model, config.learner, config.run.seed)
 
         # Exactness: the same kernels in the same order, whoever started the process.
         torch.set_num_threads(config.learner.threads)
         # On a GPU some of the kernels that sampling needs have no deterministic form; bit-identity is promised on CPUs.
         torch.use_deterministic_algorithms(choose_device(config.learner.device).type == "cpu")
         policy = load(model_dir)
+        if policy.lora:
+            trained = sum(p.numel() for p in policy.parameters.values())
+            total = sum(p.numel() for p in policy.model.parameters())
+            logger.info("LoRA trains %d of %d parameters (%.2f %%)", trained, total, 100 * trained / total)
         reference = starting_policy(load) if config.algorithm.kl_beta > 0 else None
         learner = DeepSpeedLearner if config.learner.engine == "deepspeed" else TorchLearner
         generator = TransformersGenerator(policy, config.rollout.max_rows)
@@ -77,4 +81,4 @@ def _vllm(config: Config, policy: Policy) -> VllmGenerator:
             "vllm.samples holds rollout, and on a CPU vLLM takes no new weights in place: every step builds a fresh "
             "engine, about 10 s each; let transformers sample rollouts there"
         )
-    return VllmGenerator(sampler, policy, config.rollout.temperature, tolerance, in_place)
+    return VllmGenerator(sampler, policy, config.rollout.temperature, tolerance, in_place, config.vllm.lora == "merged")

@@ -91,10 +91,15 @@ class Rollouts:
     finish_reasons: list[FinishReason]
 
 
+ADAPTER = "adapter"
+"""Folder of a model directory that holds an adapter of its weights, in peft's files."""
+
+
 @dataclass(frozen=True)
 class LocalCheckpoint:
     """A checkpoint in a local directory: `weights/` is a transformers model directory (safetensors, configuration,
-    tokenizer), `optimizer/optimizer.safetensors` and `state.json` are absent where only a policy is given;
+    tokenizer; with LoRA the run's starting one, and the adapter in its folder `adapter/`),
+    `optimizer/optimizer.safetensors` and `state.json` are absent where only a policy is given;
     `monitor.json` (`schemas.decisions.MonitorState`) is the run's, no engine reads it."""
 
     path: Path
@@ -192,7 +197,11 @@ class Learner(Protocol):
         """
 
     def save(self, target: Path) -> None:
-        """Writes `weights/`, `optimizer/` and `state.json` into the directory `target` (see `LocalCheckpoint`)."""
+        """Writes `weights/`, `optimizer/` and `state.json` into the directory `target` (see `LocalCheckpoint`); of the
+        weights with LoRA the adapter alone."""
+
+    def close(self) -> None:
+        """Ends the processes that the learner started."""
 
 
 class Verifier(Protocol):

@@ -37,7 +37,7 @@ class TorchLearner:
     def __init__(self, policy: Policy, config: Config, reference: Policy | None = None) -> None:
         self.policy, self.reference = policy, reference
         self.settings, self.algorithm, self.rollout = config.learner, config.algorithm, config.rollout
-        self.parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+        self.parameters = policy.parameters
         self._fresh_optimizer(self.settings.learning_rate)
 
     def load(self, checkpoint: LocalCheckpoint, learning_rate: float) -> None:
@@ -87,6 +87,9 @@ class TorchLearner:
                 f"a checkpoint cannot be written into the scratch directory {target} ({error}); free space there, or "
                 "name another one by TMPDIR, and run again; nothing that was committed is lost"
             ) from error
+
+    def close(self) -> None:
+        """See `Learner.close`."""
 
     def _save(self, target: Path) -> None:
         self.policy.save_weights(target / "weights")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.logprobs import linear_logprobs
+from npo_core.lora import Lora
 from npo_core.padding import length_sorted_batches, pad
 from schemas.learner import LearnerSection
 from schemas.model import ModelSection
@@ -25,23 +26,30 @@ class Policy:
     """A model on its device, with the sizes of one forward pass.
 
     Args:
-        path: transformers model directory.
-        model: type of the weights and attention implementation.
+        path: transformers model directory; with `model.lora` it may hold an adapter (see `npo_core.lora`).
+        model: type of the weights, attention implementation and LoRA.
         learner: device, micro-batch and chunk sizes, gradient checkpointing.
+        seed: of fresh adapters.
 
     Raises:
         NearFutureError: the directory holds no model that transformers can load.
         ConfigurationError: the model's logits are not a linear map of its last hidden states.
     """
 
-    def __init__(self, path: Path, model: ModelSection, learner: LearnerSection) -> None:
+    def __init__(self, path: Path, model: ModelSection, learner: LearnerSection, seed: int = 0) -> None:
         transformers_logging.disable_progress_bar()
         self.dtype = DTYPES[model.dtype]
         self.attention = model.attention
         self.device = choose_device(learner.device)
         self.micro_batch_tokens = learner.micro_batch_tokens
         self.chunk_tokens, self.chunk_vocab = learner.chunk_tokens, learner.chunk_vocab
-        self.model = self._from_disk(path).to(self.device).eval()
+        self.model = self._from_disk(path)
+        self.lora = Lora(self.model, model.lora, seed) if model.lora else None
+        if self.lora:
+            self.lora.load(path)
+        self.model = self.model.to(self.device).eval()
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """Those that are trained."""
         _switch_dropout_off(self.model)
         if learner.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -51,12 +59,23 @@ class Policy:
         self._require_linear_head()
 
     def load_weights(self, path: Path) -> None:
-        """Copies the weights of a model directory into the model, in place: optimizer and generator keep their hold."""
+        """Copies the weights of a model directory into the model, in place: optimizer and generator keep their hold.
+        With LoRA the adapter's alone: all checkpoints of a run share the others."""
+        if self.lora:
+            self.lora.load(path)
+            return
         self.model.load_state_dict(self._from_disk(path).state_dict())
 
-    def save_weights(self, path: Path) -> None:
-        """Writes a model directory (safetensors and configuration)."""
-        self.model.save_pretrained(path)
+    def save_weights(self, path: Path, values: Mapping[str, Tensor] | None = None) -> None:
+        """Writes a model directory (safetensors and configuration); with LoRA its adapter alone.
+
+        Args:
+            values: of all trained parameters; by default those that the model holds.
+        """
+        if self.lora:
+            self.lora.save(path, values)
+        else:
+            self.model.save_pretrained(path, state_dict=values)
 
     def token_logps(
         self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], temperature: float

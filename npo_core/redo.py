@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from npo_core import parquet
 from npo_core.artifacts import RunArtifacts
+from npo_core.checkpoints import POLICY
 from npo_core.interfaces import ConfigurationError
 from npo_core.overlay import Overlay
 from npo_core.store import open_store
@@ -114,7 +115,7 @@ def _differences(run: RunArtifacts, before: Manifest, again: RunArtifacts, after
             continue
         files = [{e.name: e.sha256 for e in manifest.files if e.role == role} for manifest in (before, after)]
         if files[0] != files[1]:
-            weights_differ |= role == "weights"
+            weights_differ |= role in POLICY
             names = sorted(name for name in {*files[0], *files[1]} if files[0].get(name) != files[1].get(name))
             yield f"{role}: other bytes in {', '.join(names)}"
     if weights_differ and isinstance(before, CheckpointManifest) and isinstance(after, CheckpointManifest):
@@ -156,8 +157,8 @@ def _distance(run: RunArtifacts, before: CheckpointRef, again: RunArtifacts, aft
     with tempfile.TemporaryDirectory() as directory:
         ours = run.checkout(before, Path(directory) / "before", weights_only=True).weights
         theirs = again.checkout(after, Path(directory) / "after", weights_only=True).weights
-        for file in sorted(ours.glob("*.safetensors")):
-            old, new = load_file(file), load_file(theirs / file.name)
+        for file in sorted(ours.rglob("*.safetensors")):
+            old, new = load_file(file), load_file(theirs / file.relative_to(ours))
             for name, tensor in old.items():
                 squares += tensor.double().square().sum().item()
                 apart += (new[name].double() - tensor.double()).square().sum().item()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from schemas.records import CheckpointManifest, CheckpointRef, FileEntry, Tombstone
 
-BIG = ("weights", "optimizer", "state")
+BIG = ("weights", "adapter", "optimizer", "state")
 """Roles of the files that go with a checkpoint. Its monitor file is small, and `npo metrics` and `explain` read it."""
 
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from npo_core import lineage
 from npo_core.artifacts import RunArtifacts, line_checkpoints
-from npo_core.checkpoints import files_digest
+from npo_core.checkpoints import files_digest, policy_files
 from npo_core.findings import Fault, Findings, redo
 from npo_core.interfaces import NearFutureError, Prompt, Verifier
 from npo_core.legs import segment_digest
@@ -187,8 +187,8 @@ class _Verification:
         own = manifest.leg_id == leg_id and layout.checkpoint(leg_id, manifest.step) == folder
         self.expect(own, key, f"was altered: it is of leg {manifest.leg_id}, step {manifest.step}")
         self.checkpoints[leg_id, manifest.step] = manifest
-        weights = [entry for entry in manifest.files if entry.role == "weights"]
-        same = files_digest(manifest.files) == manifest.digest and files_digest(weights) == manifest.weights_digest
+        weights = files_digest(policy_files(manifest.files))
+        same = files_digest(manifest.files) == manifest.digest and weights == manifest.weights_digest
         self.expect(same, key, "was altered: its digests are not those of its files")
         self.findings.files(manifest)
 

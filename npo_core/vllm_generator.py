@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from npo_core.interfaces import FinishReason, LocalCheckpoint, NearFutureError, Rollouts, SamplingParams, StreamKey
+from npo_core.lora import has_adapter, merge
 from npo_core.policy import Policy
 from npo_core.streams import philox, row_seed
 from npo_core.weight_sync import Agreement, Sync, compare, synchronize
@@ -52,10 +53,19 @@ class VllmGenerator:
         temperature: of the probe; the run's, so that it proves what is used.
         tolerance: largest mean difference of the probe's log-probabilities, in nats a token.
         in_place: whether the engine takes new weights without being built anew.
+        merges: whether adapters are merged into the weights for it; otherwise it takes them beside the weights.
     """
 
-    def __init__(self, engine: Sampler, policy: Policy, temperature: float, tolerance: float, in_place: bool) -> None:
-        self.engine, self.policy = engine, policy
+    def __init__(
+        self,
+        engine: Sampler,
+        policy: Policy,
+        temperature: float,
+        tolerance: float,
+        in_place: bool,
+        merges: bool = True,
+    ) -> None:
+        self.engine, self.policy, self.merges = engine, policy, merges
         self.temperature, self.tolerance, self.in_place = temperature, tolerance, in_place
 
     def load(self, checkpoint: LocalCheckpoint) -> None:
@@ -65,7 +75,11 @@ class VllmGenerator:
             NearFutureError: the engine does not hold these weights, even after it was started anew.
         """
         self.policy.load_weights(checkpoint.weights)
-        self._sync(checkpoint.weights)
+        if not (self.merges and has_adapter(checkpoint.weights)):
+            self._sync(checkpoint.weights)
+            return
+        with tempfile.TemporaryDirectory(prefix="near-future-") as scratch:
+            self._sync(merge(checkpoint.weights, Path(scratch) / "merged"))
 
     def take_weights(self) -> None:
         """Gives the engine the policy's weights as they are now, by files.

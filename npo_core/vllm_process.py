@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import json
 import logging
 import socket
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from npo_core import frames
-from npo_core.interfaces import ConfigurationError, NearFutureError, SamplingParams
+from npo_core.interfaces import ADAPTER, ConfigurationError, NearFutureError, SamplingParams
 from npo_core.supervised import Supervised
 from schemas.vllm import VllmSection
 
@@ -31,6 +32,8 @@ ENVIRONMENT = {
     # Ours would hide vLLM's own packages.
     "PYTHONPATH": "",
 }
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's `max_lora_rank`."""
 LAST_LINES = 20
 """Lines of its output that are told when it dies."""
 
@@ -58,11 +61,18 @@ class VllmProcess:
         """A fresh engine with the weights of a model directory."""
         if not self.started:
             self._start()
-        self._ask({"request": "load", "model": str(model_dir), "options": self._options()})
+        self._ask(
+            {
+                "request": "load",
+                "model": str(model_dir),
+                "options": self._options(model_dir),
+                **self._adapter(model_dir),
+            }
+        )
 
     def reload(self, model_dir: Path) -> None:
         """Gives the engine other weights in place; whether it took them has to be checked."""
-        self._ask({"request": "reload", "model": str(model_dir)})
+        self._ask({"request": "reload", "model": str(model_dir), **self._adapter(model_dir)})
 
     def sample(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, seeds: Sequence[int]
@@ -86,7 +96,13 @@ class VllmProcess:
             self._process.close()
         self._socket = self._process = None
 
-    def _options(self) -> dict[str, Any]:
+    @staticmethod
+    def _adapter(model_dir: Path) -> dict[str, str]:
+        """Where the adapter lies that a model directory may hold."""
+        folder = model_dir / ADAPTER
+        return {"adapter": str(folder)} if folder.exists() else {}
+
+    def _options(self, model_dir: Path) -> dict[str, Any]:
         settings = self.settings
         options: dict[str, Any] = {
             "dtype": self.dtype,
@@ -94,6 +110,10 @@ class VllmProcess:
             "tensor_parallel_size": settings.tensor_parallel_size,
             "enforce_eager": settings.enforce_eager,
         }
+        if (adapter := model_dir / ADAPTER / "adapter_config.json").exists():
+            rank = json.loads(adapter.read_text())["r"]
+            # vLLM allocates for one of a few ranks.
+            options |= {"enable_lora": True, "max_lora_rank": next((r for r in LORA_RANKS if r >= rank), rank)}
         if settings.max_model_len is not None:
             options["max_model_len"] = settings.max_model_len
         if settings.tensor_parallel_size == 1:

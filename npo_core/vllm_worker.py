@@ -39,6 +39,8 @@ class Worker:
 
     def __init__(self) -> None:
         self.llm: Any = None
+        self.adapter: Any = None
+        self._adapters = 0
 
     def load(self, header: dict[str, Any], _: Arrays) -> tuple[dict[str, Any], Arrays]:
         """A fresh engine with the weights of `model`, built by `options`."""
@@ -58,15 +60,29 @@ class Worker:
             logprobs_mode="processed_logprobs",
             **header["options"],
         )
+        self._take_adapter(header)
         return {"vllm": vllm.__version__}, {}
 
     def reload(self, header: dict[str, Any], _: Arrays) -> tuple[dict[str, Any], Arrays]:
         """The weights of `model` into the engine that there is. It may fail to take them without saying so: whoever
         asks has to check."""
+        if "adapter" in header and self.adapter is not None:
+            # Its weights are those that the engine has.
+            self._take_adapter(header)
+            return {}, {}
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": header["model"]})
         # What was computed under the old weights.
         self.llm.reset_prefix_cache()
         return {}, {}
+
+    def _take_adapter(self, header: dict[str, Any]) -> None:
+        """The adapter of `adapter` beside the weights, if there is one, under an identifier that none had before."""
+        self.adapter = None
+        if "adapter" in header:
+            from vllm.lora.request import LoRARequest
+
+            self._adapters += 1
+            self.adapter = LoRARequest(f"adapter-{self._adapters}", self._adapters, header["adapter"])
 
     def sample(self, header: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
         """One completion a seed, prompt-major; a stop token belongs to the completion."""
@@ -88,7 +104,8 @@ class Worker:
             )
             for seed in header["seeds"]
         ]
-        outputs = [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
+        generated = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.adapter)
+        outputs = [output.outputs[0] for output in generated]
         ids = [np.array(output.token_ids, np.int32) for output in outputs]
         logprobs = [
             np.array(

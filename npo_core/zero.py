@@ -63,9 +63,8 @@ class ZeroPolicy:
     def __init__(self, config: Config, ranks: Ranks, checkpoint: LocalCheckpoint, learning_rate: float) -> None:
         self.config, self.ranks = config, ranks
         settings = config.learner.model_copy(update={"device": str(ranks.device)})
-        policy = Policy(checkpoint.weights, config.model, settings)
-        self.model = policy.model
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        policy = self.policy = Policy(checkpoint.weights, config.model, settings, config.run.seed)
+        self.model, self.parameters = policy.model, policy.parameters
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=0.0,
@@ -134,7 +133,7 @@ class ZeroPolicy:
         masters = self._whole(safe_get_full_fp32_param) if self._has_masters else None
         if not self.ranks.first:
             return
-        self.model.save_pretrained(target / "weights", state_dict=weights)
+        self.policy.save_weights(target / "weights", weights)
         (target / "optimizer").mkdir(parents=True, exist_ok=True)
         save_file(moments, target / OPTIMIZER_FILE)
         if masters is not None:
@@ -144,7 +143,7 @@ class ZeroPolicy:
     def close(self) -> None:
         """Frees what DeepSpeed holds, so that another checkpoint can take its place."""
         self.engine.destroy()
-        del self.engine, self.optimizer, self.scheduler, self.model, self.parameters
+        del self.engine, self.optimizer, self.scheduler, self.policy, self.model, self.parameters
         gc.collect()
 
     @property

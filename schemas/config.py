@@ -243,4 +243,7 @@ class Config(Section):
         for section, fields in NOT_RECIPE.items():
             for field in fields:
                 del recipe[section][field]
+        if self.model.lora is None:
+            # As before there were adapters: the recipe of a run without them stays what it was.
+            del recipe["model"]["lora"]
         return recipe

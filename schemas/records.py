@@ -96,7 +96,7 @@ class FileEntry(Record):
     """One data file of an artifact."""
 
     role: str
-    """What it is: `rollouts`, `metrics`, `telemetry`, `weights`, `optimizer`, `state`, `trajectories`,
+    """What it is: `rollouts`, `metrics`, `telemetry`, `weights`, `adapter`, `optimizer`, `state`, `trajectories`,
     `window`, `samples`, `monitor`, `signal`."""
     name: str
     """Its name where a reader expects one, say `model.safetensors`."""

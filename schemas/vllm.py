@@ -33,6 +33,9 @@ class VllmSection(Section):
     """GPUs that share the model."""
     enforce_eager: bool = True
     """No CUDA graphs: slower to sample, faster to start."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """How vLLM takes the checkpoints of a run with `model.lora`: `merged` into a model's weights, or as an `adapter`
+    beside the run's starting weights, which stay loaded."""
     tolerance: float | None = Field(None, gt=0)
     """Largest mean difference of the engine's log-probabilities from the trainer's, in nats a token, on a probe after
     each load and sync; by default 1e-4 where both compute in float32, else 0.05."""

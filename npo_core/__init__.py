@@ -8,11 +8,11 @@ What lies where:
 - the mathematics (numbers in, numbers out): advantages, losses, logprobs, mixing, groups, padding, streams, coverage,
   mismatch
 - AutoNPO: monitor, tip, probe, signal, controller, confirm, explain, signal_study
-- one segment and its engine: segment, engine, policy, generate, learner, update, evaluate, memory, progress
-- what both engines' processes are run and asked by: supervised, frames
+- one segment and its engine: segment, engine, policy, lora, generate, learner, update, evaluate, memory, progress
+- what engines' processes are run and asked by: supervised, frames
 - vLLM: vllm_generator, vllm_process, vllm_worker, vllm_served, vllm_version, weight_sync
-- DeepSpeed: deepspeed_learner, deepspeed_messages, launch; in its ranks deepspeed_worker, ranks, zero
-- guides: guide, guide_sources
+- DeepSpeed: deepspeed_learner, deepspeed_messages, deepspeed_worker, launch, ranks, zero
+- guides: guide, guide_sources, guide_files, shards
 - data and answers: prompts, testbed
 - a run and its tree of legs: begin, workspace, run_config, artifacts, run_files, legs, checkpoints, lineage, faults
 - the store: store, objects, s3, parquet, rows, overlay

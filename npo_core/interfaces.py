@@ -43,6 +43,8 @@ class Prompt:
     answer: str
     """What the verifier compares with."""
     image_refs: tuple[str, ...] = ()
+    metadata: str | None = None
+    """What the verifier may need beside the answer: a JSON object, or nothing."""
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class PromptTable:
                 messages=tuple(json.loads(row["messages"])),
                 answer=row["answer"],
                 image_refs=tuple(row["image_refs"]),
+                metadata=row["metadata"],
             )
             for row in self._table.take(pa.array(places, pa.int64())).to_pylist()
         ]
@@ -91,6 +92,7 @@ def to_arrow(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> pa.Table:
             "messages": canonical_json([dict(message) for message in prompt.messages]).decode(),
             "answer": prompt.answer,
             "image_refs": list(prompt.image_refs),
+            "metadata": prompt.metadata,
         }
         for split, prompts in (("train", train), ("held_out", held_out))
         for prompt in prompts

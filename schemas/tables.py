@@ -100,6 +100,13 @@ PROMPTS = pa.schema(
         _column("messages", pa.string(), 'The conversation as JSON: [{"role": …, "content": …}].'),
         _column("answer", pa.string(), "What the verifier compares with."),
         _column("image_refs", pa.list_(pa.string()), "Keys of images in the prompt."),
+        _column(
+            "metadata",
+            pa.string(),
+            "What the verifier may need beside the answer, a JSON object; null: nothing.",
+            nullable=True,
+            later=True,
+        ),
     ],
     metadata=_META,
 )

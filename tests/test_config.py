@@ -69,7 +69,7 @@ def sections(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
     for name, field in model.model_fields.items():
         for part in (field.annotation, *get_args(field.annotation)):
             if isinstance(part, type) and issubclass(part, BaseModel):
-                index = "" if part is field.annotation else "0."
+                index = "0." if get_origin(field.annotation) is tuple else ""
                 yield from sections(part, f"{prefix}{name}.{index}")
 
 

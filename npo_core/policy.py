@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,9 @@ class Policy:
         """
         if self.lora:
             self.lora.save(path, values)
-        else:
+            return
+        # Where accelerate is installed, this imports DeepSpeed if it can, whose log goes to stdout as it then is.
+        with contextlib.redirect_stdout(sys.stderr):
             self.model.save_pretrained(path, state_dict=values)
 
     def token_logps(

@@ -13,6 +13,7 @@ in TRL and verl) and carry no gradient:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -60,16 +61,14 @@ class SamplingSums:
     tokens: Tensor = field(default_factory=_zero)
     difference: Tensor = field(default_factory=_zero)
     """Σ |log ρ|."""
-    ratio: Tensor = field(default_factory=_zero)
-    """Σ ρ."""
     weight: Tensor = field(default_factory=_zero)
     """Σ w."""
     square: Tensor = field(default_factory=_zero)
     """Σ w²."""
     corrected: Tensor = field(default_factory=_zero)
     """Tokens that were truncated or masked."""
-    largest: Tensor = field(default_factory=_zero)
-    """max |log ρ|, which does not add up."""
+    largest: Tensor = field(default_factory=lambda: torch.tensor([0.0, -math.inf, -math.inf], dtype=torch.float64))
+    """max |log ρ|, max w and max −w, which do not add up."""
 
     @classmethod
     def of(
@@ -88,11 +87,10 @@ class SamplingSums:
         return cls(
             tokens=mask_BT.sum(dtype=torch.float64),
             difference=log_ratio_N.abs().sum(),
-            ratio=log_ratio_N.exp().sum(),
             weight=weights_N.sum(),
             square=weights_N.square().sum(),
             corrected=corrected_N.sum(dtype=torch.float64),
-            largest=log_ratio_N.abs().max(),
+            largest=torch.stack([log_ratio_N.abs().max(), weights_N.max(), -weights_N.min()]),
         )
 
     def __add__(self, other: SamplingSums) -> SamplingSums:
@@ -101,7 +99,7 @@ class SamplingSums:
         return SamplingSums(*sums)
 
     def metrics(self) -> dict[str, float]:
-        """`sampling/*`, empty if there are no tokens.
+        """`sampling/*`, empty if there are no tokens; as in TRL, the importance sampling ratio is the weight w.
 
         `sampling/ess` is the relative effective sample size of the tokens' weights, (Σw)²/(n·Σw²), in (0, 1]; 0 if no
         token has weight.
@@ -109,10 +107,13 @@ class SamplingSums:
         if not (tokens := self.tokens.item()):
             return {}
         square = self.square.item()
+        difference, weight, negative = self.largest.tolist()
         return {
-            "sampling/logp_difference_mean": self.difference.item() / tokens,
-            "sampling/logp_difference_max": self.largest.item(),
-            "sampling/ratio_mean": self.ratio.item() / tokens,
+            "sampling/sampling_logp_difference/mean": self.difference.item() / tokens,
+            "sampling/sampling_logp_difference/max": difference,
+            "sampling/importance_sampling_ratio/min": -negative,
+            "sampling/importance_sampling_ratio/mean": self.weight.item() / tokens,
+            "sampling/importance_sampling_ratio/max": weight,
             "sampling/ess": self.weight.item() ** 2 / (tokens * square) if square > 0 else 0.0,
             "sampling/corrected": self.corrected.item() / tokens,
         }

@@ -36,7 +36,7 @@ class UpdateSums:
         return UpdateSums(self.losses + other.losses, self.sampling + other.sampling)
 
     def through(self, total: Callable[[Tensor], Tensor], largest: Callable[[Tensor], Tensor]) -> UpdateSums:
-        """The same with its sums, and its maximum, passed through a function each: over the ranks, say."""
+        """The same with its sums, and its maxima, passed through a function each: over the ranks, say."""
         losses, sampling = ([getattr(part, f.name) for f in fields(part)] for part in (self.losses, self.sampling))
         return UpdateSums(
             LossSums(*total(torch.stack(losses))),

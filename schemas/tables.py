@@ -140,10 +140,12 @@ METRIC_DESCRIPTIONS = {
     "tokens/trained": "Completion tokens that went through the backward pass.",
 }
 SAMPLING_DESCRIPTIONS = {
-    "sampling/logp_difference_mean": "|log π_trainer − log π_sampler| in nats, mean over the update's own tokens.",
-    "sampling/logp_difference_max": "The largest such difference, nats.",
-    "sampling/ratio_mean": "π_trainer/π_sampler, mean over the update's own tokens.",
-    "sampling/ess": "Relative effective sample size of these tokens' weights under algorithm.sampling_correction.",
+    "sampling/sampling_logp_difference/mean": "|log π_trainer − log π_sampler|, nats, mean over the update's own tokens.",
+    "sampling/sampling_logp_difference/max": "The largest such difference, nats.",
+    "sampling/importance_sampling_ratio/min": "Smallest weight of these tokens under algorithm.sampling_correction.",
+    "sampling/importance_sampling_ratio/mean": "These weights' mean.",
+    "sampling/importance_sampling_ratio/max": "The largest of them.",
+    "sampling/ess": "Relative effective sample size of these weights.",
     "sampling/corrected": "Share of these tokens that the correction truncates or masks.",
 }
 """Metrics of steps whose sampler is no part of the trainer, or whose updates are corrected for it."""

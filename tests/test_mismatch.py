@@ -53,9 +53,11 @@ def test_weights_and_metrics_are_those_of_the_formulas(
     flat, tokens = [w for row in expected for w in row], [token for row in rows for token in row]
     metrics = SamplingSums.of(*inputs, correction, cap).metrics()
     differences = [abs(ours - theirs) for ours, theirs in tokens]
-    assert metrics["sampling/logp_difference_mean"] == pytest.approx(sum(differences) / len(tokens))
-    assert metrics["sampling/logp_difference_max"] == pytest.approx(max(differences))
-    assert metrics["sampling/ratio_mean"] == pytest.approx(sum(math.exp(o - t) for o, t in tokens) / len(tokens))
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(sum(differences) / len(tokens))
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(max(differences))
+    ratios = {name: metrics[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "mean", "max")}
+    expected_ratios = {"min": min(flat), "mean": sum(flat) / len(flat), "max": max(flat)}
+    assert ratios == pytest.approx(expected_ratios, rel=1e-9, abs=1e-12)
     squares = sum(w * w for w in flat)
     assert metrics["sampling/ess"] == pytest.approx(sum(flat) ** 2 / (len(flat) * squares) if squares else 0.0)
 
@@ -79,7 +81,8 @@ def test_where_sampler_and_trainer_agree_nothing_is_corrected(correction: Correc
     mask_BT = torch.tensor([[True, True], [True, False]])
     assert torch.equal(sampling_weights(logps_BT, logps_BT, mask_BT, correction, 2.0), mask_BT.double())
     metrics = SamplingSums.of(logps_BT, logps_BT, mask_BT, correction, 2.0).metrics()
-    assert (metrics["sampling/corrected"], metrics["sampling/ess"], metrics["sampling/ratio_mean"]) == (0, 1, 1)
+    assert (metrics["sampling/corrected"], metrics["sampling/ess"]) == (0, 1)
+    assert {metrics[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "mean", "max")} == {1}
 
 
 def test_the_share_that_is_corrected_counts_tokens() -> None:

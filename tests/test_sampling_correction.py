@@ -101,9 +101,11 @@ def test_the_gradient_is_the_one_computed_by_hand(tmp_path: Path, correction: st
     assert (0 < corrected < len(own)) == (correction != "none"), "the case must have rows of both kinds"
     assert {name: value for name, value in metrics.items() if name.startswith("sampling/")} == pytest.approx(
         {
-            "sampling/logp_difference_mean": sum(map(abs, tokens)) / len(tokens),
-            "sampling/logp_difference_max": max(map(abs, tokens)),
-            "sampling/ratio_mean": sum(map(math.exp, tokens)) / len(tokens),
+            "sampling/sampling_logp_difference/mean": sum(map(abs, tokens)) / len(tokens),
+            "sampling/sampling_logp_difference/max": max(map(abs, tokens)),
+            "sampling/importance_sampling_ratio/min": min(own),
+            "sampling/importance_sampling_ratio/mean": sum(own) / len(own),
+            "sampling/importance_sampling_ratio/max": max(own),
             "sampling/ess": sum(own) ** 2 / (len(own) * sum(w * w for w in own)),
             "sampling/corrected": corrected / len(own),
         },
@@ -119,7 +121,7 @@ def test_corrections_of_a_sampler_that_is_the_trainer_change_nothing(tmp_path: P
         settings = config(algorithm={"sampling_correction": correction})
         policy = policy_for(tmp_path / correction, settings)
         metrics = TorchLearner(policy, settings).step(perturbed(policy, settings, batch(0), nats=0.0))
-        assert metrics["sampling/logp_difference_max"] < 1e-6
+        assert metrics["sampling/sampling_logp_difference/max"] < 1e-6
         assert metrics["sampling/ess"] == pytest.approx(1)
         torch.testing.assert_close(weights(policy), weights(alone), rtol=0, atol=0 if correction == "none" else 1e-5)
 

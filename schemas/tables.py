@@ -140,7 +140,7 @@ METRIC_DESCRIPTIONS = {
     "tokens/trained": "Completion tokens that went through the backward pass.",
 }
 SAMPLING_DESCRIPTIONS = {
-    "sampling/sampling_logp_difference/mean": "|log π_trainer − log π_sampler|, nats, mean over the update's own tokens.",
+    "sampling/sampling_logp_difference/mean": "|log π_trainer − log π_sampler|, nats, mean over the update's tokens.",
     "sampling/sampling_logp_difference/max": "The largest such difference, nats.",
     "sampling/importance_sampling_ratio/min": "Smallest weight of these tokens under algorithm.sampling_correction.",
     "sampling/importance_sampling_ratio/mean": "These weights' mean.",

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from npo_core.interfaces import LocalCheckpoint, NearFutureError, SamplingParams, StreamKey
+from npo_core.interfaces import LocalCheckpoint, NearFutureError, SamplingParams, StreamKey, TrainBatch
+from npo_core.learner import TorchLearner
 from npo_core.policy import Policy
 from npo_core.supervised import Supervised
-from npo_core.vllm_generator import VllmGenerator
+from npo_core.vllm_generator import VllmGenerator, VllmRollouts
 from npo_core.vllm_process import VllmProcess
 from npo_core.vllm_served import VllmServed
 from npo_core.weight_sync import Sync, compare, synchronize
+from schemas.config import Config
 from schemas.learner import LearnerSection
 from schemas.model import ModelSection
 from schemas.vllm import VllmSection
@@ -130,6 +132,32 @@ def test_a_reload_in_place_that_keeps_the_old_weights_is_caught(
     assert trusting.probe().within(TOLERANCE)
 
 
+def test_rollouts_come_from_the_policy_as_each_update_left_it(started: VllmGenerator) -> None:
+    policy, prompts, n = started.policy, prompts_of([4, 6]), 8
+    settings = Config.model_validate(
+        {
+            "run": {"name": "t"},
+            "rollout": {"temperature": PARAMS.temperature},
+            "learner": {"learning_rate": 3e-2, "device": "cpu"},
+            "algorithm": {"sampling_correction": "token-truncated"},
+        }
+    )
+    rollouts, learner = VllmRollouts(started), TorchLearner(policy, settings)
+    moved = []
+    for step in range(2):
+        sampled = rollouts.sample(prompts, n, PARAMS, keys(2, n))
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        advantages = np.resize([1.0, -1.0], len(rows))
+        guide = np.zeros(len(rows), bool)
+        data = TrainBatch(step, rows, sampled.completion_ids, advantages, guide, [None] * len(rows), sampled.logprobs)
+        metrics = learner.step(data)
+        # Another engine, which is seen, and the same policy: it was stepped since the engine last had it.
+        assert 0 < metrics["sampling/sampling_logp_difference/max"] < TOLERANCE
+        assert metrics["sampling/corrected"] == 0
+        moved.append(compare(sampled.logprobs, rollouts.score(rows, sampled.completion_ids, PARAMS.temperature)))
+    assert all(gap.mean > 100 * TOLERANCE for gap in moved), "the case must move the policy"
+
+
 @pytest.fixture(scope="module")
 def testbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A testbed policy with heads that vLLM has kernels for; it has learned for a moment."""
@@ -140,7 +168,7 @@ def testbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_run_takes_guide_and_evaluation_from_vllm(
+def test_a_run_takes_rollouts_guide_and_evaluation_from_vllm(
     testbed: Path, tmp_path: Path, prefect_server: dict[str, str]
 ) -> None:
     arguments = {
@@ -154,14 +182,16 @@ def test_a_run_takes_guide_and_evaluation_from_vllm(
         "data.held_out": "16",
         "rollout.prompts_per_step": "4",
         "future.interventions": "[{start: 0, lookahead: 1, window: 1}]",
-        "vllm.samples": "[guide, evaluation]",
+        "algorithm.sampling_correction": "token-truncated",
+        "vllm.samples": "[rollout, guide, evaluation]",
         "vllm.python": SETTINGS.python,
         "vllm.max_model_len": "64",
     }
     overrides = [part for name, value in arguments.items() for part in ("-s", f"{name}={value}")]
     done = npo("run", "deploy/configs/testbed-npo.yaml", *overrides, "--json", env=prefect_server)
     run = str(last_json(done)["run"])
-    assert done.stderr.count("the engine holds the trainer's weights") >= 2
+    # The scout's step and the main line's two; the guide, and the evaluations of start and end.
+    assert done.stderr.count("the engine holds the trainer's weights") >= 6
     assert npo("verify", run, env=prefect_server).returncode == 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException, WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -21,6 +21,7 @@ from tests.prefect_stack import WAIT_S
 
 LAST_VERSION = "//main//a[contains(@href, '/artifacts/artifact/')]"
 """On the page of an artifact's key, which lists its versions, the newest first."""
+LOGIN_S = 20.0
 SHOWN = "//*[@role='tabpanel'][@data-state='active']"
 """The tab's content."""
 
@@ -36,14 +37,14 @@ class PrefectUI:
         """A page of the UI that the server shows by default."""
         self.browser.get(f"{self._address}{path}")
 
-    def see(self, xpath: str) -> WebElement:
+    def see(self, xpath: str, within_s: float = WAIT_S) -> WebElement:
         """The first visible element that the path finds."""
 
         def visible(browser: WebDriver) -> WebElement | None:
             return next((found for found in browser.find_elements(By.XPATH, xpath) if found.is_displayed()), None)
 
         ignored = [StaleElementReferenceException]
-        element = WebDriverWait(self.browser, WAIT_S, ignored_exceptions=ignored).until(visible, f"{xpath}: not seen")
+        element = WebDriverWait(self.browser, within_s, ignored_exceptions=ignored).until(visible, f"{xpath}: not seen")
         assert element is not None
         return element
 
@@ -57,9 +58,15 @@ class PrefectUI:
         WebDriverWait(self.browser, WAIT_S, ignored_exceptions=[WebDriverException]).until(clicked, f"click {xpath}")
 
     def log_in(self) -> None:
-        """Gives the server's auth string where it is asked for."""
-        self.open("/")
-        self.see("//input[@type='password']").send_keys(self._server["PREFECT_API_AUTH_STRING"], Keys.ENTER)
+        """Gives the server's auth string where it is asked for. A page whose first question to a busy server was
+        not answered in time shows its login no more, so it is opened again."""
+
+        def asked(_: WebDriver) -> WebElement | None:
+            self.open("/")
+            return self.see("//input[@type='password']", LOGIN_S)
+
+        waiting = WebDriverWait(self.browser, WAIT_S, ignored_exceptions=[TimeoutException])
+        waiting.until(asked, "the login is not shown").send_keys(self._server["PREFECT_API_AUTH_STRING"], Keys.ENTER)
         self.see("//a[normalize-space()='Deployments']")
 
     def find_deployment(self, flow: str, name: str) -> None:

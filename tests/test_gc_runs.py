@@ -97,7 +97,8 @@ def test_gc_in_a_loop_beside_a_run_that_writes_harms_nothing(tmp_path: Path, pre
     run = open_run(last_json(result)["run"])
     swept = [json.loads(line) for line in (tmp_path / "gc.out").read_text().splitlines()]
     assert len(swept) > 5
-    assert {why for sweep in swept for why in sweep} == {"checkpoint that nothing needs"}
+    # The last sweep may find the lease given back since the loop saw it.
+    assert {why for sweep in swept[:-1] for why in sweep} == {"checkpoint that nothing needs"}
     assert run.tombstones()
     found, wanted = fingerprint(run), fingerprint(open_run(calm["run"]))
     assert found == wanted

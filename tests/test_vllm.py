@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from npo_core.engine import Engine
 from npo_core.interfaces import LocalCheckpoint, NearFutureError, SamplingParams, StreamKey, TrainBatch
 from npo_core.learner import TorchLearner
 from npo_core.policy import Policy
@@ -156,6 +157,42 @@ def test_rollouts_come_from_the_policy_as_each_update_left_it(started: VllmGener
         assert metrics["sampling/corrected"] == 0
         moved.append(compare(sampled.logprobs, rollouts.score(rows, sampled.completion_ids, PARAMS.temperature)))
     assert all(gap.mean > 100 * TOLERANCE for gap in moved), "the case must move the policy"
+
+
+@pytest.mark.parametrize("taken", ["merged", "adapter"])
+def test_adapters_are_sampled_from_as_each_update_left_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, taken: str
+) -> None:
+    settings = Config.model_validate(
+        {
+            "run": {"name": "t"},
+            "model": {"lora": {"rank": 4, "alpha": 8}},
+            "rollout": {"temperature": PARAMS.temperature},
+            "learner": {"learning_rate": 3e-2, "device": "cpu"},
+            "algorithm": {"sampling_correction": "token-truncated"},
+            "vllm": {**SETTINGS.model_dump(), "samples": ["rollout"], "lora": taken},
+        }
+    )
+    engine = Engine.build(settings, tiny_model_dir(tmp_path / "weights", head_dim=32), lambda load: load(tmp_path))
+    caplog.set_level("INFO", "npo")
+    prompts, n = prompts_of([4, 6]), 8
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    try:
+        for step in range(3):
+            sampled = engine.rollouts.sample(prompts, n, PARAMS, keys(2, n))
+            advantages, guide = np.resize([1.0, -1.0], len(rows)), np.zeros(len(rows), bool)
+            engine.learner.step(
+                TrainBatch(step, rows, sampled.completion_ids, advantages, guide, [None] * len(rows), sampled.logprobs)
+            )
+            moved = compare(sampled.logprobs, engine.rollouts.score(rows, sampled.completion_ids, PARAMS.temperature))
+            assert moved.mean > 100 * TOLERANCE, "the case must move the policy"
+    finally:
+        engine.close()
+    said = [record.getMessage() for record in caplog.records]
+    ways = [line.partition(", by ")[2].partition(":")[0] for line in said if "holds the trainer's weights, by" in line]
+    # An adapter is taken in place, even on a CPU.
+    assert len(ways) == 3
+    assert [("in place" in way) for way in ways] == [False] + [taken == "adapter"] * 2, ways
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,6 @@ What lies where:
 - what is checked: redo, verify, verify_removals, findings
 - what is swept: gc, debris, inventory, retention, tombstones, leases
 - what is read and shown: views, trajectories, data_files, compare, export, report, markdown, trackers
-- sizes by arithmetic: estimate, model_shape
+- sizes and durations by arithmetic: estimate, durations, model_shape
 - interfaces between all of these, and the configuration's file: interfaces, config_file
 """

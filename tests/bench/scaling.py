@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import Qwen3VLConfig
 
+from npo_core.durations import Hardware, files_s, sampling_s, scoring_s, update_s
 from npo_core.estimate import ITEM_BYTES, checkpoint_bytes, learner_memory, tokens_a_step
 from npo_core.model_shape import ModelShape, model_shape
 from schemas.config import Config
@@ -14,6 +15,9 @@ GPUS = 8
 PROMPTS = 128
 """A step's prompts; the number is ours."""
 PROMPT_TOKENS = COMPLETION_TOKENS = 4096
+VLLM_SHARE = 0.4
+SEGMENT_STEPS = 10
+HELD_OUT = 192
 
 
 def qwen3_vl_8b() -> ModelShape:
@@ -76,10 +80,43 @@ def sizes(shape: ModelShape) -> str:
     )
 
 
+def durations(shape: ModelShape) -> str:
+    """Of a step's parts, and of the stages that are made of them, on 8 × H200."""
+    h200 = Hardware()
+    batch = PROMPTS * 8
+    length = PROMPT_TOKENS + COMPLETION_TOKENS
+    weights = shape.parameters * ITEM_BYTES["bfloat16"]
+    sampling = sampling_s(shape, h200, batch, PROMPT_TOKENS, COMPLETION_TOKENS, VLLM_SHARE)
+    scoring = scoring_s(shape, h200, batch * length)
+    update = update_s(shape, h200, batch * length)
+    handing = files_s(h200, weights, passes=4)
+    checkpoint = files_s(h200, checkpoint_bytes(shape, config("deepspeed", 3)), passes=2)
+    step = sampling + scoring + update + handing + checkpoint / SEGMENT_STEPS
+    evaluation = HELD_OUT * 4 / batch * (sampling + scoring)
+    seconds = [
+        (f"sampling {batch} rows (vLLM, all GPUs)", sampling),
+        ("their entropies (the segment's own forward, one GPU)", scoring),
+        ("the update (DeepSpeed, all GPUs)", update),
+        ("new weights through files: DeepSpeed to the segment, the segment to vLLM", handing),
+        (f"a checkpoint, each {SEGMENT_STEPS} steps: to disk and to the store", checkpoint),
+    ]
+    hours = [
+        ("a step", step),
+        ("future leg of Δ = 20 steps", 20 * step),
+        ("its guide: 8 answers to each prompt of 20 steps", 20 * (sampling + scoring)),
+        ("replay of 20 steps", 20 * step),
+        (f"an evaluation: 4 answers to each of {HELD_OUT} prompts", evaluation),
+        ("a main line of 200 steps", 200 * step),
+    ]
+    parts = markdown(("part of a step", "seconds at most"), [(name, f"{s:,.0f}") for name, s in seconds])
+    stages = markdown(("stage", "hours at most"), [(name, f"{s / 3600:,.2f}") for name, s in hours])
+    return f"{parts}\n\n{stages}"
+
+
 def tables() -> str:
     """All of the page's."""
     shape = qwen3_vl_8b()
-    return f"{sizes(shape)}\n\n{learners(shape)}"
+    return f"{sizes(shape)}\n\n{learners(shape)}\n\n{durations(shape)}"
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def write_report(run: RunArtifacts, token_text: Callable[[int], str]) -> str:
 def _newest(run: RunArtifacts) -> str:
     """When the newest of what the report shows was committed."""
     segments = [segment for done in views.segments(run).values() for segment in done]
-    return max([run.record().created_at, *(made.created_at for made in (*segments, *run.evaluations()))])
+    return max([run.record().created_at, *(made.created_at for made in (*segments, *run.all_evaluations()))])
 
 
 def embed(data: Any) -> str:

@@ -1,4 +1,4 @@
-"""How evaluations are shown: estimates with their intervals, a row a task."""
+"""How evaluations are shown: pass@1 with its interval and the rest without, so that a terminal's 80 columns hold it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def scores_table(made: EvalManifest, scores: Scores) -> Table:
             name,
             one["prompts"],
             estimate(one["pass_at"]["1"]),
-            *(estimate(one["pass_at"][k]) for k in ks),
-            *([estimate(one["greedy"])] if greedy else []),
+            *(one["pass_at"][k]["value"] for k in ks),
+            *([one["greedy"]["value"]] if greedy else []),
         ]
         for name, one in rows
     ]
@@ -44,7 +44,7 @@ def benchmarks_table(found: list[dict[str, Any]]) -> Table:
     for one in found:
         pass_at, greedy = one["scores"]["overall"]["pass_at"], one["scores"]["overall"]["greedy"]
         most = max(pass_at, key=int)
-        last = f"@{most} {estimate(pass_at[most])}" if most != "1" else None
+        last = f"@{most} {cell(pass_at[most]['value'])}" if most != "1" else None
         lines.append(
             [
                 one["benchmark"],
@@ -53,7 +53,7 @@ def benchmarks_table(found: list[dict[str, Any]]) -> Table:
                 one["prompts"],
                 estimate(pass_at["1"]),
                 last,
-                None if greedy is None else estimate(greedy),
+                None if greedy is None else greedy["value"],
             ]
         )
     heads = ("benchmark", "step", "leg", "prompts", "pass@1", "pass@k", "greedy")

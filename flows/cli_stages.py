@@ -238,7 +238,7 @@ def evaluate(
     step: Step = None,
     benchmark: Annotated[
         list[Path] | None,
-        typer.Option(help="YAML file of other prompts to ask instead of the held-out ones. Repeatable."),
+        typer.Option(help="YAML file of prompts to ask instead of the held-out ones. Repeatable."),
     ] = None,
     force: Force = False,
     json: Json = False,
@@ -258,11 +258,12 @@ def evaluate(
     from npo_core.config_file import load_benchmark
     from npo_core.evaluated import read_scores
 
-    opened, files = open_run(run), [load_benchmark(path) for path in benchmark or ()]
+    opened = open_run(run)
+    files = [load_benchmark(path) for path in benchmark] if benchmark else [None]
     with prefect_api():
         from flows import stages
 
-        made = [stages.evaluate(opened.uri, step, file, force) for file in files or [None]]
+        made = [stages.evaluate(opened.uri, step, file, force) for file in files]
     scored = [(one, read_scores(opened, one)) for one in made]
     artifacts = [{**one.model_dump(mode="json"), "scores": scores.as_json()} for one, scores in scored]
     emit(json, {"stage": "evaluate", "artifacts": artifacts}, Group(*(scores_table(*pair) for pair in scored)))

@@ -1,4 +1,4 @@
-"""Reads a configuration from YAML and overrides, or a benchmark; says in one message what is wrong, and what was meant."""
+"""Reads a configuration (YAML and overrides) or a benchmark; says in one message what is wrong and what was meant."""
 
 from __future__ import annotations
 

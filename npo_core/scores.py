@@ -2,7 +2,8 @@
 
 All prompts have equally many samples n, so what matters of a prompt is its number c of correct ones, and of a task how
 many prompts have each c. A resample of P prompts with all their samples is then one multinomial draw of these numbers:
-the same distribution as drawing prompts, at a cost that does not grow with them.
+the same distribution as drawing prompts, at a cost that does not grow with them. Where all prompts have equal values,
+the interval is a point: resampling cannot show what no prompt does.
 """
 
 from __future__ import annotations

@@ -234,6 +234,7 @@ def test_greedy_answers_lie_beside_the_same_samples(
     greedy = run.table(bold, "greedy")
     assert greedy.num_rows == 16
     assert {value for row in greedy["behavior_logprobs"].to_pylist() for value in row} == {0.0}
+    assert [(file["stop"], file["rows"]) for file in data_files(run, "greedy")] == [(0, 16), (4, 16)]
     scores = evaluated.read_scores(run, bold)
     assert scores.overall.greedy is not None
     assert scores.overall.greedy.value == sum(greedy["correct"].to_pylist()) / 16

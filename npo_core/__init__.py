@@ -7,8 +7,10 @@ What lies where:
 
 - the mathematics (numbers in, numbers out): advantages, losses, logprobs, mixing, groups, padding, streams, coverage,
   mismatch
+- what evaluations say: scores, evaluated, benchmarks
 - AutoNPO: monitor, tip, probe, signal, controller, confirm, explain, signal_study
-- one segment and its engine: segment, engine, policy, lora, generate, learner, update, evaluate, memory, progress
+- one segment and its engine: segment, engine, policy, lora, generate, learner, update, evaluate, memory,
+  progress
 - what engines' processes are run and asked by: supervised, frames
 - vLLM: vllm_generator, vllm_process, vllm_worker, vllm_served, vllm_version, weight_sync
 - DeepSpeed: deepspeed_learner, deepspeed_messages, deepspeed_worker, launch, ranks, zero

@@ -117,6 +117,10 @@ class VllmGenerator:
                     f"vLLM cut a completion off after {len(ids)} of rollout.max_new_tokens {params.max_new_tokens} "
                     "tokens, for want of room; raise vllm.max_model_len above the longest prompt and completion"
                 )
+        if params.temperature == 0:
+            # vLLM gives those of temperature 1.
+            zeros = [np.zeros(len(ids), np.float32) for ids in completion_ids]
+            return Rollouts(completion_ids, zeros, zeros, reasons)
         rows = [prompt for prompt in prompts for _ in range(n)]
         entropies = self.policy.log_probs(rows, completion_ids, params.temperature)[1]
         return Rollouts(completion_ids, logprobs, entropies, reasons)

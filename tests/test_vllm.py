@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from npo_core.engine import Engine
+from npo_core.generate import TransformersGenerator
 from npo_core.interfaces import LocalCheckpoint, NearFutureError, SamplingParams, StreamKey, TrainBatch
 from npo_core.learner import TorchLearner
 from npo_core.policy import Policy
@@ -99,6 +100,14 @@ def test_equal_keys_give_equal_samples_in_another_batch(started: VllmGenerator) 
     assert [ids.tolist() for ids in part.completion_ids] == [ids.tolist() for ids in whole.completion_ids[n : 2 * n]]
     other = started.sample(prompts, n, PARAMS, [replace(key, seed=4) for key in keys(3, n)])
     assert [ids.tolist() for ids in other.completion_ids] != [ids.tolist() for ids in whole.completion_ids]
+
+
+def test_temperature_zero_gives_the_trainers_likeliest_tokens(started: VllmGenerator) -> None:
+    prompts, params = prompts_of([3, 8, 5]), replace(PARAMS, temperature=0.0)
+    ours = TransformersGenerator(started.policy, max_rows=8).sample(prompts, 1, params, keys(3, 1))
+    theirs = started.sample(prompts, 1, params, keys(3, 1))
+    assert [ids.tolist() for ids in theirs.completion_ids] == [ids.tolist() for ids in ours.completion_ids]
+    assert not np.concatenate([*theirs.logprobs, *theirs.entropies]).any()
 
 
 def test_a_completion_that_has_no_room_is_told_as_such(started: VllmGenerator) -> None:

@@ -83,7 +83,7 @@ def without_server(server: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        again = LocalServer({**home, **before.settings}, services=True, port=before.server.port)
+        again = LocalServer({**home, **before.settings}, services=True, ui=True, port=before.server.port)
         _running[home["PREFECT_HOME"]] = replace(before, server=again)
         again.wait()
 

@@ -29,11 +29,16 @@ def family(mark: str) -> list[psutil.Process]:
     return found
 
 
-def gone(mark: str) -> bool:
+def numbers(mark: str, count: int) -> bool:
+    """Whether so many are there within a while: an environment cannot be read while a process becomes its program."""
     deadline = time.monotonic() + 30
-    while family(mark) and time.monotonic() < deadline:
+    while len(family(mark)) != count and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not family(mark)
+    return len(family(mark)) == count
+
+
+def gone(mark: str) -> bool:
+    return numbers(mark, 0)
 
 
 def test_what_it_prints_and_its_exit_code_come_back() -> None:
@@ -46,7 +51,7 @@ def test_what_it_prints_and_its_exit_code_come_back() -> None:
 def test_closed_it_leaves_no_child(request: pytest.FixtureRequest) -> None:
     made = Supervised([sys.executable, "-c", FAMILY], {"FAMILY_MARK": request.node.name})
     assert made.output.readline() == b"up\n"
-    assert len(family(request.node.name)) == 3
+    assert numbers(request.node.name, 3)
     made.close()
     assert gone(request.node.name)
 
@@ -63,7 +68,7 @@ def test_killed_we_leave_neither_it_nor_a_child(request: pytest.FixtureRequest) 
     ) as parent:
         assert parent.stdout is not None
         assert b"up" in parent.stdout.readline()
-        assert len(family(mark)) == 4
+        assert numbers(mark, 4)
         parent.send_signal(signal.SIGKILL)
     assert gone(mark)
 

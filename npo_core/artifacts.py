@@ -200,6 +200,7 @@ class RunArtifacts(Checkpoints, Legs, GuideFiles):
             tasks=evaluation.tasks,
             entropy=evaluation.entropy,
             tokens=evaluation.tokens,
+            failures=evaluation.failures,
             **origin(environment),
         )
         fault_point("evaluation-data")

@@ -27,6 +27,8 @@ class Evaluation:
     entropy: float
     """Mean token entropy of the sampling distribution, in nats."""
     tokens: int
+    failures: dict[str, int] | None = None
+    """Answers without a verdict, by `Verdict.failure`; None: the verifier cannot fail."""
 
 
 def evaluate_policy(
@@ -54,6 +56,7 @@ def evaluate_policy(
     rows: list[dict[str, Any]] = []
     asked: Counter[str] = Counter(prompt.task for prompt in prompts)
     correct: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
     entropies: list[np.ndarray] = []
     for first in range(0, len(prompts), block):
         part = prompts[first : first + block]
@@ -68,10 +71,11 @@ def evaluate_policy(
         except FloatingPointError as error:
             raise FloatingPointError(f"evaluation of leg {context.leg_id} at step {step}: {error}") from error
         entropies += rollouts.entropies
-        for i, completion_ids in enumerate(rollouts.completion_ids):
+        texts = [context.decode(completion_ids.tolist()) for completion_ids in rollouts.completion_ids]
+        verdicts = context.verifier.judge([(part[i // samples], text) for i, text in enumerate(texts)])
+        failures.update(verdict.failure for verdict in verdicts if verdict.failure is not None)
+        for i, (completion_ids, text, verdict) in enumerate(zip(rollouts.completion_ids, texts, verdicts, strict=True)):
             prompt = part[i // samples]
-            text = context.decode(completion_ids.tolist())
-            verdict = context.verifier.verify(prompt, text)
             correct[prompt.task] += verdict.correct
             rows.append(
                 {
@@ -109,4 +113,5 @@ def evaluate_policy(
         accuracy=correct.total() / len(rows),
         entropy=float(np.concatenate(entropies).mean(dtype=np.float64)),
         tokens=sum(map(len, entropies)),
+        failures={"timeout": failures["timeout"], "error": failures["error"]} if context.verifier.can_fail else None,
     )

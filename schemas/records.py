@@ -292,6 +292,8 @@ class EvalManifest(Manifest):
     """Mean token entropy of the sampling distribution, in nats."""
     tokens: int = Field(ge=0)
     """Completion tokens sampled; not counted as training compute."""
+    failures: dict[Literal["timeout", "error"], int] | None = None
+    """Answers without a verdict, which count as wrong: it took too long, or the verifier failed. None: it cannot."""
 
 
 class SignalSpec(Record):

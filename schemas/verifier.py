@@ -52,7 +52,5 @@ class VerifierSection(Section):
         if self.kind != "python" and self.function is not None:
             raise ValueError(f"kind {self.kind} calls no function, but function is {self.function}; set kind to python")
         if self.kind == "python" and self.extract != "auto":
-            raise ValueError(
-                f"kind python is given the whole text, not what extract {self.extract} finds; remove extract"
-            )
+            raise ValueError(f"kind python is given the whole text; remove extract {self.extract}")
         return self

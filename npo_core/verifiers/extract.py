@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 
 from schemas.verifier import Extract
 
@@ -45,16 +46,14 @@ def final_answer(text: str, extract: Extract, numbers: bool = False) -> str | No
 
 def after_thinking(text: str) -> str:
     """What follows the last `</think>`; nothing while the thinking goes on. The opening tag may be in the prompt."""
-    before, closed, after = text.rpartition("</think>")
+    _, closed, after = text.rpartition("</think>")
     rest = after if closed else text
     return rest.partition("<think>")[0]
 
 
 def _boxed(text: str) -> str | None:
     """What is in the last box; None if it does not close."""
-    last = None
-    for last in _BOX.finditer(text):
-        pass
+    last = _last(_BOX, text)
     if last is None:
         return None
     depth = 1
@@ -73,9 +72,7 @@ def _stated(text: str) -> str | None:
         if opened:
             inner = inside.strip()
             return (_boxed(inner) or inner) or None
-    last = None
-    for last in _STATED.finditer(text):
-        pass
+    last = _last(_STATED, text)
     if last is None:
         return None
     found = next(part for part in last.groups() if part is not None)
@@ -83,7 +80,9 @@ def _stated(text: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    last = None
-    for last in NUMBER.finditer(text):
-        pass
+    last = _last(NUMBER, text)
     return last.group() if last else None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from flows.cli_output import Json, cell, emit, table
+from flows.cli_scores import scores_table
 from flows.local_server import prefect_api
 from npo_core.interfaces import ConfigurationError
 from schemas.decisions import DecisionRecord
-from schemas.records import CheckpointRef, EvalManifest, GuideManifest
+from schemas.records import CheckpointRef, GuideManifest
 
 if TYPE_CHECKING:  # it imports Prefect
     from flows.monitoring import Tick
@@ -47,7 +49,6 @@ def stage(name: str, run: str, json: bool, **options: Any) -> None:
             "monitor": monitoring.monitor,
             "intervene": monitoring.intervene,
             "watchdog": monitoring.watchdog,
-            "evaluate": stages.evaluate,
             "report": stages.report,
         }[name]
         made = flow(uri, **options)
@@ -55,7 +56,7 @@ def stage(name: str, run: str, json: bool, **options: Any) -> None:
     emit(json, {"stage": name, "artifacts": artifacts}, f"{name}: {_in_words(made)}")
 
 
-def _in_words(made: str | CheckpointRef | GuideManifest | EvalManifest | DecisionRecord | Tick | None) -> str:
+def _in_words(made: str | CheckpointRef | GuideManifest | DecisionRecord | Tick | None) -> str:
     match made:
         case None:
             return "no decision to roll back waits; `npo stage monitor` decides about a warning"
@@ -66,8 +67,6 @@ def _in_words(made: str | CheckpointRef | GuideManifest | EvalManifest | Decisio
         case GuideManifest():
             window = f"steps {made.spec.start}–{made.spec.stop}"
             return f"guide {made.guide_id} solves {made.solved} of {made.asked} prompts of {window}"
-        case EvalManifest():
-            return f"accuracy {made.accuracy:.3f} of leg {made.checkpoint.leg_id} at step {made.checkpoint.step}"
         case str():
             return made
     return f"{made.outcome} at step {made.step}: {made.reason}"
@@ -234,16 +233,40 @@ def watchdog(run: Run, json: Json = False) -> None:
 
 
 @app.command()
-def evaluate(run: Run, step: Step = None, force: Force = False, json: Json = False) -> None:
-    """Evaluates the main line's policy on the held-out prompts.
+def evaluate(
+    run: Run,
+    step: Step = None,
+    benchmark: Annotated[
+        list[Path] | None,
+        typer.Option(help="YAML file of prompts to ask instead of the held-out ones. Repeatable."),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Evaluates the main line's policy on the held-out prompts, or on benchmarks: pass@1 over all samples and pass@k,
+    by task, with 95 % bootstrap intervals over prompts.
 
-    Example:
+    Examples:
 
       npo stage evaluate runs/demo --step 80
 
       npo stage evaluate runs/demo --step 80 --force
+
+      npo stage evaluate runs/demo --benchmark deploy/benchmarks/testbed-long.yaml
     """
-    stage("evaluate", run, json, force=force, step=step)
+    from npo_core.artifacts import open_run
+    from npo_core.config_file import load_benchmark
+    from npo_core.evaluated import read_scores
+
+    opened = open_run(run)
+    files = [load_benchmark(path) for path in benchmark] if benchmark else [None]
+    with prefect_api():
+        from flows import stages
+
+        made = [stages.evaluate(opened.uri, step, file, force) for file in files]
+    scored = [(one, read_scores(opened, one)) for one in made]
+    artifacts = [{**one.model_dump(mode="json"), "scores": scores.as_json()} for one, scores in scored]
+    emit(json, {"stage": "evaluate", "artifacts": artifacts}, Group(*(scores_table(*pair) for pair in scored)))
 
 
 @app.command()

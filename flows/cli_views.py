@@ -14,6 +14,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from flows.cli_output import Json, cell, emit, table, visible
+from flows.cli_scores import benchmarks_table
 from npo_core.interfaces import ConfigurationError
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def show(run: Run, json: Json = False) -> None:
         f"generated tokens: main line {tokens['policy']:,}, guides {tokens['guide']:,}, "
         f"scouts and discarded {tokens['discarded']:,}"
     )
-    text = Group(_tree(shown), Text("\n".join([where, *guides, *decisions, spent])))
+    benchmarks = [benchmarks_table(shown["benchmarks"])] if shown["benchmarks"] else []
+    text = Group(_tree(shown), Text("\n".join([where, *guides, *decisions, spent])), *benchmarks)
     emit(json, shown, text)
 
 

@@ -10,6 +10,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.deployed import OPTIONS
+from schemas.benchmark import BenchmarkFile
 from schemas.records import MAIN_LINE_KINDS, CheckpointRef, EvalManifest, GuideManifest, LegRecord, SignalManifest
 from schemas.urls import WITHOUT_CREDENTIALS
 from tasks.again import do_again
@@ -118,16 +119,19 @@ def main(run: Run, stop: Count, force: bool = False) -> CheckpointRef:
 
 
 @flow(name="evaluate", flow_run_name="evaluate {run}", **OPTIONS)
-def evaluate(run: Run, step: Step | None = None, force: bool = False) -> EvalManifest:
+def evaluate(
+    run: Run, step: Step | None = None, benchmark: BenchmarkFile | None = None, force: bool = False
+) -> EvalManifest:
     """Evaluates the main line's policy at `step`, by default its tip.
 
     Args:
         run: URI of the run, STORE/NAME.
         step: Step of the main line; its tip by default.
+        benchmark: Prompts to ask; the run's held-out ones by default.
         force: Compute again what is committed, beside it, and fail if it comes out otherwise; nothing is replaced.
     """
     checkpoint = main_line_checkpoint(run, main_line_step(run)[0] if step is None else step)
-    evaluation = checked(run, force, lambda: evaluate_policy(run, checkpoint))
+    evaluation = checked(run, force, lambda: evaluate_policy(run, checkpoint, benchmark))
     publish_summary(run, publish_curves(run))
     return evaluation
 

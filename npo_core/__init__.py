@@ -7,8 +7,10 @@ What lies where:
 
 - the mathematics (numbers in, numbers out): advantages, losses, logprobs, mixing, groups, padding, streams, coverage,
   mismatch
+- what evaluations say: scores, evaluated, benchmarks
 - AutoNPO: monitor, tip, probe, signal, controller, confirm, explain, signal_study
-- one segment and its engine: segment, engine, policy, lora, generate, learner, update, evaluate, memory, progress
+- one segment and its engine: segment, engine, policy, lora, generate, learner, update, evaluate, memory,
+  progress
 - what engines' processes are run and asked by: supervised, frames
 - vLLM: vllm_generator, vllm_process, vllm_worker, vllm_served, vllm_version, weight_sync
 - DeepSpeed: deepspeed_learner, deepspeed_messages, deepspeed_worker, launch, ranks, zero
@@ -19,5 +21,6 @@ What lies where:
 - what is checked: redo, verify, verify_removals, findings
 - what is swept: gc, debris, inventory, retention, tombstones, leases
 - what is read and shown: views, trajectories, data_files, compare, export, report, markdown, trackers
+- sizes and durations by arithmetic: estimate, durations, model_shape
 - interfaces between all of these, and the configuration's file: interfaces, config_file
 """

@@ -21,6 +21,7 @@ from schemas import layout
 from schemas.decisions import DecisionRecord, Request
 from schemas.digest import canonical_json
 from schemas.records import (
+    BenchmarkSpec,
     CheckpointManifest,
     CheckpointRef,
     EvalManifest,
@@ -178,7 +179,11 @@ class RunArtifacts(Checkpoints, Legs, GuideFiles):
         return self.store.read(layout.manifest(layout.evaluation(eval_id)), EvalManifest)
 
     def evaluations(self) -> list[EvalManifest]:
-        """All evaluations, by creation."""
+        """All evaluations on the run's held-out prompts, by creation."""
+        return [made for made in self.all_evaluations() if made.benchmark is None]
+
+    def all_evaluations(self) -> list[EvalManifest]:
+        """All evaluations, benchmarks' too, by creation."""
         return self.manifests(layout.EVALS, EvalManifest)
 
     def commit_evaluation(
@@ -188,11 +193,19 @@ class RunArtifacts(Checkpoints, Legs, GuideFiles):
         samples_per_prompt: int,
         evaluation: Evaluation,
         environment: Environment,
+        benchmark: tuple[BenchmarkSpec, pa.Table] | None = None,
     ) -> EvalManifest:
-        """Commits the held-out answers of a checkpoint and their scores."""
+        """Commits the answers of a checkpoint and their scores.
+
+        Args:
+            benchmark: with its prompts by `schemas.tables.PROMPTS`; None: the run's held-out prompts were asked.
+        """
         folder = layout.evaluation(eval_id)
+        parts = {"samples": evaluation.samples, "greedy": evaluation.greedy}
+        if benchmark is not None:
+            parts["prompts"] = benchmark[1]
         manifest = EvalManifest(
-            files=(self.put_table(folder, "samples", evaluation.samples),),
+            files=tuple(self.put_table(folder, role, table) for role, table in parts.items() if table is not None),
             eval_id=eval_id,
             checkpoint=checkpoint,
             samples_per_prompt=samples_per_prompt,
@@ -201,6 +214,7 @@ class RunArtifacts(Checkpoints, Legs, GuideFiles):
             entropy=evaluation.entropy,
             tokens=evaluation.tokens,
             failures=evaluation.failures,
+            benchmark=None if benchmark is None else benchmark[0],
             **origin(environment),
         )
         fault_point("evaluation-data")

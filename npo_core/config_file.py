@@ -1,17 +1,20 @@
-"""Reads a configuration from YAML and overrides; says in one message what is wrong with it, and what was meant."""
+"""Reads a configuration (YAML and overrides) or a benchmark; says in one message what is wrong and what was meant."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from npo_core.interfaces import ConfigurationError
+from schemas.benchmark import BenchmarkFile
 from schemas.config import Config
+
+FileT = TypeVar("FileT", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: Sequence[str]) -> Config:
@@ -20,19 +23,44 @@ def load_config(path: str | Path, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigurationError: the file cannot be read, or a key, type or value is wrong; names each, one a line.
     """
+    origin = f"configuration {path}"
+    return _validated(Config, read_yaml(path, origin, "sections (run:, data:, …)"), overrides, origin)
+
+
+def load_benchmark(path: str | Path) -> BenchmarkFile:
+    """The benchmark in a YAML file.
+
+    Raises:
+        ConfigurationError: see `load_config`.
+    """
+    origin = f"benchmark {path}"
+    return _validated(BenchmarkFile, read_yaml(path, origin, "keys (name:, data:, …)"), (), origin)
+
+
+def read_yaml(path: str | Path, origin: str, holds: str) -> dict[str, Any]:
+    """What a YAML file holds.
+
+    Args:
+        path: of the file.
+        origin: the file in an error's words.
+        holds: what is missing from a file that is no mapping.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or is no mapping in YAML.
+    """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigurationError(f"configuration {path} cannot be read: {error.strerror}") from error
+        raise ConfigurationError(f"{origin} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"configuration {path} is no text in UTF-8; give a YAML file") from error
+        raise ConfigurationError(f"{origin} is no text in UTF-8; give a YAML file") from error
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigurationError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigurationError(f"configuration {path} holds no sections (run:, data:, …)")
-    return _validated(values, overrides, f"configuration {path}")
+        raise ConfigurationError(f"{origin} holds no {holds}")
+    return values
 
 
 def overridden(config: Config, overrides: Sequence[str], section: str) -> Config:
@@ -44,16 +72,16 @@ def overridden(config: Config, overrides: Sequence[str], section: str) -> Config
     for override in overrides:
         if not override.startswith(f"{section}."):
             raise ConfigurationError(f"override {override!r} changes nothing here; only {section}.… can be set")
-    return _validated(config.model_dump(mode="json"), overrides, "the configuration")
+    return _validated(Config, config.model_dump(mode="json"), overrides, "the configuration")
 
 
-def _validated(values: dict[str, Any], overrides: Sequence[str], origin: str) -> Config:
+def _validated(kind: type[FileT], values: dict[str, Any], overrides: Sequence[str], origin: str) -> FileT:
     for override in overrides:
         _apply(values, override)
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        faults = "\n  ".join(_messages(error))
+        faults = "\n  ".join(_messages(error, kind))
         raise ConfigurationError(f"{origin} is wrong:\n  {faults}") from error
 
 
@@ -76,12 +104,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigurationError(f"override {override!r}: there is no {key} to set") from error
 
 
-def _messages(error: ValidationError) -> Iterator[str]:
+def _messages(error: ValidationError, kind: type[BaseModel]) -> Iterator[str]:
     for fault in error.errors():
         where = ".".join(map(str, fault["loc"]))
         match fault["type"]:
             case "extra_forbidden":
-                yield f"{where}: unknown key{_nearest(fault['loc'])}"
+                yield f"{where}: unknown key{_nearest(fault['loc'], kind)}"
             case "missing":
                 yield f"{where}: is required"
             case "value_error":
@@ -92,19 +120,19 @@ def _messages(error: ValidationError) -> Iterator[str]:
                 yield f"{where} = {shown}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _nearest(location: tuple[int | str, ...]) -> str:
+def _nearest(location: tuple[int | str, ...], kind: type[BaseModel]) -> str:
     """`; did you mean …?` with the closest known keys of the section that `location` is in."""
-    model: Any = Config
+    model = kind
     for part in location[:-1]:
         if isinstance(part, str) and part in model.model_fields:
-            model = _section(model.model_fields[part].annotation)
+            model = _section(model.model_fields[part].annotation, kind)
     close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(model.model_fields)}"
 
 
-def _section(annotation: Any) -> type[BaseModel]:
+def _section(annotation: Any, otherwise: type[BaseModel]) -> type[BaseModel]:
     """The model that a field holds, or holds a list of."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
-    return Config
+    return otherwise

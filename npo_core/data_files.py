@@ -8,11 +8,11 @@ from typing import Any
 from npo_core import lineage
 from npo_core.artifacts import RunArtifacts
 from npo_core.interfaces import ConfigurationError
-from schemas.records import Manifest
+from schemas.records import EvalManifest, Manifest
 
 SEGMENT_ROLES = ("rollouts", "metrics", "telemetry")
 GUIDE_ROLES = ("trajectories", "window")
-ROLES = (*SEGMENT_ROLES, *GUIDE_ROLES, "samples", "signal")
+ROLES = (*SEGMENT_ROLES, *GUIDE_ROLES, "samples", "greedy", "signal")
 """Of segments; of guides, evaluations, and studies of Q, V and S. `schemas/README.md` describes each one's columns."""
 
 
@@ -27,7 +27,7 @@ def data_files(run: RunArtifacts, role: str, main_line: bool = False) -> list[di
     Returns:
         `role`, `uri`, `rows`, `bytes`, and whose it is: `leg_id`, `start` and `stop` are the leg and the steps of a
         segment; the leg of a guide's checkpoint and the window that it serves; the leg and step of an evaluated
-        checkpoint, twice; None of a study.
+        checkpoint, twice; None of a study. `benchmark`: whose prompts an evaluation asked; None: the held-out ones.
 
     Raises:
         ConfigurationError: there is no such role, or it knows no main line.
@@ -45,6 +45,7 @@ def data_files(run: RunArtifacts, role: str, main_line: bool = False) -> list[di
             "leg_id": leg_id,
             "start": start,
             "stop": stop,
+            "benchmark": manifest.benchmark.name if isinstance(manifest, EvalManifest) and manifest.benchmark else None,
         }
         for manifest, leg_id, start, stop in _artifacts(run, role, main_line)
         for entry in (manifest.file(role),)
@@ -72,7 +73,9 @@ def _artifacts(
             if had and (not main_line or guide.guide_id in mixed):
                 yield guide, guide.spec.checkpoint.leg_id, guide.spec.start, guide.spec.stop
     else:
-        for score in sorted(run.evaluations(), key=lambda e: (e.checkpoint.step, e.created_at)):
+        for score in sorted(run.all_evaluations(), key=lambda e: (e.checkpoint.step, e.created_at)):
             at = score.checkpoint
+            if role == "greedy" and not score.greedy:
+                continue
             if not main_line or (at.leg_id in line and line[at.leg_id].saves(at.step)):
                 yield score, at.leg_id, at.step, at.step

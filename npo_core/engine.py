@@ -34,6 +34,11 @@ class Engine:
     """What samples the work that `vllm.samples` names, from checkpoints that it is given one by one. With rollouts by
     vLLM it is their engine."""
 
+    def close(self) -> None:
+        """Ends the processes that were started for it."""
+        self.frozen.close()
+        self.learner.close()
+
     @classmethod
     def build(
         cls, config: Config, model_dir: Path, starting_policy: Callable[[Callable[[Path], Policy]], Policy]
@@ -74,11 +79,11 @@ def _vllm(config: Config, policy: Policy) -> VllmGenerator:
     exact = dtype == config.model.dtype == "float32"
     tolerance = settings.tolerance or (1e-4 if exact else 0.05)
     sampler = VllmServed(settings.url) if settings.url else VllmProcess(settings, dtype)
-    # On a CPU vLLM keeps its old weights.
-    in_place = policy.device.type != "cpu"
+    # On a CPU vLLM keeps its old weights, but takes adapters.
+    in_place = policy.device.type != "cpu" or (policy.lora is not None and settings.lora == "adapter")
     if "rollout" in settings.samples and not in_place:
         logger.warning(
             "vllm.samples holds rollout, and on a CPU vLLM takes no new weights in place: every step builds a fresh "
             "engine, about 10 s each; let transformers sample rollouts there"
         )
-    return VllmGenerator(sampler, policy, config.rollout.temperature, tolerance, in_place, config.vllm.lora == "merged")
+    return VllmGenerator(sampler, policy, config.rollout.temperature, tolerance, in_place, settings.lora == "merged")

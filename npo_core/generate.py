@@ -130,7 +130,7 @@ def draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tens
 
     Args:
         logits_BV: raw logits.
-        temperature: divides them.
+        temperature: divides them; 0 takes the likeliest token, of equal ones the first.
         uniform_B: float64 in [0, 1).
 
     Returns:
@@ -140,19 +140,29 @@ def draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tens
         FloatingPointError: a row's logits are not finite.
     """
     wide = torch.promote_types(logits_BV.dtype, torch.float32)
+    if temperature == 0:
+        # A NaN is the largest of its row.
+        largest_B = logits_BV.amax(dim=-1)
+        _require_finite(largest_B)
+        zero_B = torch.zeros_like(largest_B, dtype=wide)
+        return logits_BV.argmax(dim=-1), zero_B, zero_B
     logps_BV = torch.log_softmax(logits_BV.to(wide) / temperature, dim=-1)
     probs_BV = logps_BV.exp()
     # float64: in float32 the sum over a large vocabulary would lose the tail's tokens.
     cdf_BV = probs_BV.cumsum(dim=-1, dtype=torch.float64)
     total_B = cdf_BV[:, -1]
-    if not bool(torch.isfinite(total_B).all()):
-        raise FloatingPointError(
-            f"the policy's distribution is not finite in {int((~torch.isfinite(total_B)).sum())} of {len(total_B)} "
-            "rows, so its weights hold NaN or inf; start from a sound checkpoint, and lower learner.learning_rate if "
-            "it diverged"
-        )
+    _require_finite(total_B)
     # right=True finds the first entry above the draw: never a token of probability zero.
     tokens_B1 = torch.searchsorted(cdf_BV, (uniform_B * total_B)[:, None], right=True)
     tokens_B1 = tokens_B1.clamp(max=logps_BV.shape[1] - 1)
     entropy_B = -(probs_BV * logps_BV.clamp(min=-1e4)).sum(dim=-1)
     return tokens_B1.squeeze(1), logps_BV.gather(1, tokens_B1).squeeze(1), entropy_B
+
+
+def _require_finite(sums_B: Tensor) -> None:
+    if not bool(torch.isfinite(sums_B).all()):
+        raise FloatingPointError(
+            f"the policy's distribution is not finite in {int((~torch.isfinite(sums_B)).sum())} of {len(sums_B)} "
+            "rows, so its weights hold NaN or inf; start from a sound checkpoint, and lower learner.learning_rate if "
+            "it diverged"
+        )

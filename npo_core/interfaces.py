@@ -77,6 +77,7 @@ class SamplingParams:
     """How to sample. Plain distribution at a temperature: no top-p or top-k, whose log-probs a learner cannot match."""
 
     temperature: float
+    """0: the likeliest token each time. Its distribution is a point: log-probabilities and entropies are 0."""
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     """Tokens which end a completion; the end token belongs to it."""

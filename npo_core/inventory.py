@@ -43,6 +43,7 @@ class Inventory:
     """Removed ones too."""
     guides: Sequence[GuideManifest]
     evaluations: Sequence[EvalManifest]
+    """Of benchmarks too."""
     decisions: Sequence[DecisionRecord]
     signals: Sequence[SignalManifest]
     model: Manifest | None
@@ -79,7 +80,7 @@ def take_inventory(run: RunArtifacts) -> Inventory:
     """
     try:
         record, head = run.record(), run.head()
-        decisions, evaluations, signals = run.decisions(), run.evaluations(), run.signals()
+        decisions, evaluations, signals = run.decisions(), run.all_evaluations(), run.signals()
         names, legs = run.store.list(layout.LEGS), run.legs()
         shards = run.shards()
         guides, model, tombstones = run.guides(), run.model(), run.tombstones()

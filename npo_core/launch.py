@@ -34,7 +34,8 @@ def hosts(section: DeepSpeedSection) -> list[str]:
     """The hosts of the hostfile, this machine first.
 
     Raises:
-        ConfigurationError: it cannot be read, a line is wrong, or a host has fewer slots than `deepspeed.ranks`.
+        ConfigurationError: it cannot be read, a line is wrong, or a host is named twice or has fewer slots than
+            `deepspeed.ranks`.
     """
     path = Path(section.hostfile or "").expanduser()
     try:
@@ -52,6 +53,11 @@ def hosts(section: DeepSpeedSection) -> list[str]:
             raise ConfigurationError(
                 f"deepspeed.hostfile {path}, line {number}: {words[0]} has {words[1]}, fewer than deepspeed.ranks "
                 f"{section.ranks}; lower deepspeed.ranks"
+            )
+        if words[0] in found:
+            raise ConfigurationError(
+                f"deepspeed.hostfile {path}, line {number}: {words[0]} is named twice; give each host one line, with "
+                "all its slots"
             )
         found.append(words[0])
     if not found:

@@ -10,6 +10,7 @@ from npo_core.interfaces import NearFutureError
 from schemas.decisions import DecisionRecord
 from schemas.digest import digest_json, short
 from schemas.records import (
+    BenchmarkSpec,
     CheckpointRef,
     GuideManifest,
     GuideSpec,
@@ -45,10 +46,25 @@ def shard_id(guide_id: str, prompt_ids: Sequence[str]) -> str:
     return short(digest_json([guide_id, *prompt_ids]))
 
 
-def eval_id(checkpoint: CheckpointRef, samples_per_prompt: int, run: RunRecord) -> str:
-    """Identity of an evaluation. Prompts, verifier, seed and sampling are in the run's recipe."""
-    origin = [checkpoint.leg_id, checkpoint.step, checkpoint.digest]
-    return short(digest_json([run.recipe_digest, origin, samples_per_prompt]))
+def eval_id(
+    checkpoint: CheckpointRef,
+    samples_per_prompt: int,
+    run: RunRecord,
+    greedy: bool = False,
+    benchmark: BenchmarkSpec | None = None,
+) -> str:
+    """Identity of an evaluation. Prompts, verifier, seed and sampling are in the run's recipe, but for a benchmark's.
+
+    Args:
+        greedy: whether it asks at temperature 0 too.
+        benchmark: None: the run's held-out prompts.
+    """
+    parts: list[object] = [run.recipe_digest, [checkpoint.leg_id, checkpoint.step, checkpoint.digest]]
+    parts.append(samples_per_prompt)
+    if greedy or benchmark is not None:
+        # What is younger counts where it says something new, so that older evaluations keep their identity.
+        parts.append([greedy, None if benchmark is None else benchmark.model_dump(mode="json")])
+    return short(digest_json(parts))
 
 
 def signal_id(spec: SignalSpec) -> str:

@@ -100,6 +100,26 @@ class Lora:
         (folder / CONFIG_FILE).write_text(json.dumps(told, indent=2, sort_keys=True, default=sorted) + "\n")
 
 
+def base_weights(model: Any) -> dict[str, Tensor]:
+    """The weights of a model with adapters as it has them without, under their own names."""
+    return {
+        name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
+    }
+
+
+@torch.no_grad()
+def merged_weights(model: Any) -> dict[str, Tensor]:
+    """The weights of a model with adapters that has none and is the same policy, in the weights' type."""
+    from peft.tuners.lora import LoraLayer
+
+    weights = base_weights(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            weight = weights[f"{name}.weight"]
+            weights[f"{name}.weight"] = (weight + layer.get_delta_weight("default")).to(weight.dtype)
+    return weights
+
+
 def require_peft(field: str) -> None:
     """Refuses what needs peft where it is missing.
 

@@ -27,6 +27,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "rollouts": tables.TRAJECTORIES,
     "trajectories": tables.TRAJECTORIES,
     "samples": tables.TRAJECTORIES,
+    "greedy": tables.TRAJECTORIES,
     "metrics": tables.METRICS,
     "telemetry": tables.TELEMETRY,
     "prompts": tables.PROMPTS,

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.logprobs import linear_logprobs
-from npo_core.lora import Lora
+from npo_core.lora import Lora, base_weights, merged_weights
 from npo_core.padding import length_sorted_batches, pad
 from schemas.learner import LearnerSection
 from schemas.model import ModelSection
@@ -76,10 +76,16 @@ class Policy:
         """
         if self.lora:
             self.lora.save(path, values)
-            return
-        # Where accelerate is installed, this imports DeepSpeed if it can, whose log goes to stdout as it then is.
-        with contextlib.redirect_stdout(sys.stderr):
-            self.model.save_pretrained(path, state_dict=values)
+        else:
+            self._save(path, values)
+
+    def save_base(self, path: Path) -> None:
+        """Writes a model directory with the weights that adapters lie beside."""
+        self._save(path, base_weights(self.model))
+
+    def save_merged(self, path: Path) -> None:
+        """Writes a model directory that needs no adapter: with LoRA the adapters are merged into its weights."""
+        self._save(path, merged_weights(self.model) if self.lora else None)
 
     def token_logps(
         self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], temperature: float
@@ -130,6 +136,11 @@ class Policy:
                 logps[i] = logps_T[: len(completions[i])]
                 entropies[i] = entropies_T[: len(completions[i])]
         return logps, entropies
+
+    def _save(self, path: Path, weights: Mapping[str, Tensor] | None) -> None:
+        # Where accelerate is installed, this imports DeepSpeed if it can, whose log goes to stdout as it then is.
+        with contextlib.redirect_stdout(sys.stderr):
+            self.model.save_pretrained(path, state_dict=weights)
 
     def _from_disk(self, path: Path) -> Any:
         try:

@@ -136,7 +136,7 @@ def best(question: Question) -> Iterator[Reason]:
     """The main line's best evaluated checkpoint, the latest among equals."""
     present = {checkpoint.ref for checkpoint in question.found.present}
     line = {checkpoint.ref for checkpoint in question.found.line.values()} & present
-    scored = [evaluation for evaluation in question.found.evaluations if evaluation.checkpoint in line]
+    scored = [e for e in question.found.evaluations if e.checkpoint in line and e.benchmark is None]
     if scored:
         top = max(scored, key=lambda evaluation: (evaluation.accuracy, evaluation.checkpoint.step))
         yield top.checkpoint, f"the main line's best, accuracy {top.accuracy:.3f}"
@@ -148,7 +148,7 @@ def due_evaluations(question: Question) -> Iterator[Reason]:
     done = {found.eval_id for found in question.found.evaluations}
     for step, checkpoint in question.found.line.items():
         due = evaluation.every and step % evaluation.every == 0
-        if due and lineage.eval_id(checkpoint.ref, evaluation.samples, record) not in done:
+        if due and lineage.eval_id(checkpoint.ref, evaluation.samples, record, evaluation.greedy) not in done:
             yield checkpoint.ref, "its evaluation is due"
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from npo_core import lineage
-from npo_core.artifacts import RunArtifacts, line_checkpoints
+from npo_core.artifacts import RunArtifacts, line_checkpoints, prompts_digest
 from npo_core.checkpoints import files_digest, policy_files
 from npo_core.findings import Fault, Findings, redo
 from npo_core.guide import ROWS_AT_ONCE
@@ -306,7 +306,8 @@ class _Verification:
         if manifest is None:
             return
         key = layout.manifest(folder)
-        wanted = lineage.eval_id(manifest.checkpoint, manifest.samples_per_prompt, self.record)
+        terms = manifest.greedy, manifest.benchmark
+        wanted = lineage.eval_id(manifest.checkpoint, manifest.samples_per_prompt, self.record, *terms)
         self.expect(manifest.eval_id == name == wanted, key, f"was altered: it is evaluation {wanted}", redo(folder))
         self._expect_checkpoint(key, "its checkpoint", manifest.checkpoint)
         table = self.findings.table(manifest, folder, "samples")
@@ -315,6 +316,12 @@ class _Verification:
             same = sum(score.correct for score in manifest.tasks.values()) == correct
             same = same and abs(manifest.accuracy - correct / table.num_rows) < 1e-12
             self.expect(same, key, "its scores are not those of its samples", redo(folder))
+        if manifest.greedy:
+            self.findings.table(manifest, folder, "greedy")
+        if manifest.benchmark is not None:
+            prompts = self.findings.table(manifest, folder, "prompts")
+            same = prompts is None or prompts_digest(prompts) == manifest.benchmark.prompts_digest
+            self.expect(same, key, "its prompts are not those that its identity names", redo(folder))
 
     def _check_signal(self, name: str) -> None:
         folder = layout.signal(name)

@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from npo_core import lineage
+from npo_core import evaluated, lineage
 from npo_core.artifacts import RunArtifacts, runs
 from npo_core.interfaces import NearFutureError, Store
 from npo_core.rows import frame
@@ -192,7 +192,7 @@ def show(run: RunArtifacts) -> dict[str, Any]:
     Returns:
         `legs` [{leg_id, kind, parent, start, stop, status, guide_id}], `head` {leg_id, epoch, step} or None, `guides`
         [{guide_id, leg_id, step, start, stop, solved, prompts}], `interventions` (decision records that intervene),
-        `tokens` {policy, guide, discarded}.
+        `benchmarks` (`evaluated.benchmarks`), `tokens` {policy, guide, discarded}.
     """
     legs, head, done, decisions = run.legs(), run.head(), segments(run), run.decisions()
     line = lineage.main_line(legs, head)
@@ -224,6 +224,7 @@ def show(run: RunArtifacts) -> dict[str, Any]:
             for guide in run.guides()
         ],
         "interventions": [d.model_dump(mode="json") for d in decisions if d.intervene],
+        "benchmarks": evaluated.benchmarks(run),
         "tokens": asdict(lineage.count_tokens(line, done, run.guides(), decisions)),
     }
 

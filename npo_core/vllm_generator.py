@@ -14,7 +14,6 @@ from typing import Protocol
 import numpy as np
 
 from npo_core.interfaces import FinishReason, LocalCheckpoint, NearFutureError, Rollouts, SamplingParams, StreamKey
-from npo_core.lora import has_adapter, merge
 from npo_core.policy import Policy
 from npo_core.streams import philox, row_seed
 from npo_core.weight_sync import Agreement, Sync, compare, synchronize
@@ -67,6 +66,8 @@ class VllmGenerator:
     ) -> None:
         self.engine, self.policy, self.merges = engine, policy, merges
         self.temperature, self.tolerance, self.in_place = temperature, tolerance, in_place
+        # The weights that adapters lie beside, which never change, and the engine's adapter.
+        self._beside: tempfile.TemporaryDirectory[str] | None = None
 
     def load(self, checkpoint: LocalCheckpoint) -> None:
         """See `Generator.load`.
@@ -75,11 +76,10 @@ class VllmGenerator:
             NearFutureError: the engine does not hold these weights, even after it was started anew.
         """
         self.policy.load_weights(checkpoint.weights)
-        if not (self.merges and has_adapter(checkpoint.weights)):
+        if self.policy.lora:
+            self.take_weights()
+        else:
             self._sync(checkpoint.weights)
-            return
-        with tempfile.TemporaryDirectory(prefix="near-future-") as scratch:
-            self._sync(merge(checkpoint.weights, Path(scratch) / "merged"))
 
     def take_weights(self) -> None:
         """Gives the engine the policy's weights as they are now, by files.
@@ -87,8 +87,15 @@ class VllmGenerator:
         Raises:
             NearFutureError: see `load`.
         """
+        if self.policy.lora and not self.merges:
+            if self._beside is None:
+                self._beside = tempfile.TemporaryDirectory(prefix="near-future-")
+                self.policy.save_base(Path(self._beside.name))
+            self.policy.save_weights(Path(self._beside.name))
+            self._sync(Path(self._beside.name))
+            return
         with tempfile.TemporaryDirectory(prefix="near-future-") as scratch:
-            self.policy.save_weights(Path(scratch))
+            self.policy.save_merged(Path(scratch))
             self._sync(Path(scratch))
 
     def sample(
@@ -110,6 +117,10 @@ class VllmGenerator:
                     f"vLLM cut a completion off after {len(ids)} of rollout.max_new_tokens {params.max_new_tokens} "
                     "tokens, for want of room; raise vllm.max_model_len above the longest prompt and completion"
                 )
+        if params.temperature == 0:
+            # vLLM gives those of temperature 1.
+            zeros = [np.zeros(len(ids), np.float32) for ids in completion_ids]
+            return Rollouts(completion_ids, zeros, zeros, reasons)
         rows = [prompt for prompt in prompts for _ in range(n)]
         entropies = self.policy.log_probs(rows, completion_ids, params.temperature)[1]
         return Rollouts(completion_ids, logprobs, entropies, reasons)

@@ -86,7 +86,7 @@ class Workspace:
     def close(self) -> None:
         """Ends what engine and verifier have started, and removes the scratch directory."""
         if self._engine is not None:
-            self._engine.frozen.close()
+            self._engine.close()
         if "verifier" in self.__dict__:
             self.verifier.close()
         self._scratch.cleanup()
@@ -257,7 +257,7 @@ class Workspace:
     def _build(self, model_dir: Path) -> Engine:
         engine = Engine.build(self.config, model_dir, self._starting_policy)
         # What runs in a process of its own, on a GPU perhaps, ends with the workspace.
-        weakref.finalize(self, engine.frozen.close)
+        weakref.finalize(self, engine.close)
         return engine
 
     def _starting_policy(self, load: Callable[[Path], Policy]) -> Policy:

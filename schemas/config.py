@@ -78,12 +78,14 @@ class RolloutSection(Section):
 
 
 class EvaluationSection(Section):
-    """Held-out evaluation by sampling: pass@1 averaged over samples."""
+    """Held-out evaluation by sampling: pass@1 averaged over samples, and pass@k."""
 
     every: int = Field(10, ge=0)
     """Steps between evaluations of the main line, a multiple of `run.segment_steps`; 0 evaluates its ends only."""
     samples: int = Field(4, ge=1)
-    """Answers a held-out prompt."""
+    """Answers a held-out prompt (n); pass@k is estimated for k = 1, 2, 4, … up to it."""
+    greedy: bool = False
+    """Beside the samples one answer a prompt at temperature 0. An evaluation with it is another one than without."""
 
 
 class RetentionSection(Section):

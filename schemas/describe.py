@@ -28,15 +28,17 @@ _TRAJECTORY_ORDER = ", ".join(f"`{name}`" for name in tables.TRAJECTORY_ORDER)
 
 FILES = {
     "Trajectories": Described(
-        ("rollouts", "trajectories", "samples"),
+        ("rollouts", "trajectories", "samples", "greedy"),
         (
             f"{_STEPS}/rollouts-HASH.parquet",
             f"{layout.GUIDES}/GUIDE/trajectories-HASH.parquet",
             f"{layout.shard('GUIDE', 'SHARD')}/trajectories-HASH.parquet",
             f"{layout.EVALS}/EVAL/samples-HASH.parquet",
+            f"{layout.EVALS}/EVAL/greedy-HASH.parquet",
         ),
         "One answer to one prompt: of a segment every rollout, displaced ones and the guide's included; of a guide "
-        "every trajectory that it kept, all verified correct; of an evaluation every held-out answer. "
+        "every trajectory that it kept, all verified correct; of an evaluation every answer, "
+        "`greedy` those at temperature 0. "
         f"({', '.join(f'`{name}`' for name in tables.TRAJECTORY_KEY)}) is unique among a run's rollouts.",
         _TRAJECTORY_ORDER,
         tables.TRAJECTORIES,
@@ -53,8 +55,9 @@ FILES = {
     ),
     "Prompts": Described(
         (),
-        (layout.PROMPTS,),
-        "One prompt of the run, as it was frozen when the run began. `run.json` holds the digest.",
+        (layout.PROMPTS, f"{layout.EVALS}/EVAL/prompts-HASH.parquet"),
+        "One prompt of the run, as it was frozen when the run began: `run.json` holds the digest. Of a benchmark's "
+        "evaluation one of the prompts that it asked; both splits are asked.",
         "the order that batches draw from, the training pool first",
         tables.PROMPTS,
     ),

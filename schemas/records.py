@@ -277,8 +277,22 @@ class TaskScore(Record):
         return self.correct / self.samples if self.samples else 0.0
 
 
+class BenchmarkSpec(Record):
+    """What an evaluation on other prompts than the run's held-out ones asked, and how."""
+
+    name: str
+    """The benchmark's name."""
+    prompts_digest: str
+    """SHA-256 of its prompts, as `RunRecord.prompts_digest`."""
+    verifier: str
+    """What judged the answers, `name/version`."""
+    temperature: float
+    max_new_tokens: int
+
+
 class EvalManifest(Manifest):
-    """An evaluation of one checkpoint on the held-out prompts (role `samples`)."""
+    """An evaluation of one checkpoint on the held-out prompts (role `samples`; `greedy`: those at temperature 0), or on
+    a benchmark's (role `prompts`)."""
 
     kind: Literal["eval"] = "eval"
     eval_id: str
@@ -294,6 +308,13 @@ class EvalManifest(Manifest):
     """Completion tokens sampled; not counted as training compute."""
     failures: dict[Literal["timeout", "error"], int] | None = None
     """Answers without a verdict, which count as wrong: it took too long, or the verifier failed. None: it cannot."""
+    benchmark: BenchmarkSpec | None = None
+    """None: the run's held-out prompts, under the run's sampling and verifier."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether it holds answers at temperature 0 beside the samples."""
+        return any(entry.role == "greedy" for entry in self.files)
 
 
 class SignalSpec(Record):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from prefect import task
 
 from npo_core.interfaces import ConfigurationError
+from schemas.benchmark import BenchmarkFile
 from schemas.records import CheckpointRef, EvalManifest, GuideManifest, GuideSpec, Head
 from tasks.artifacts import stage_progress
 from tasks.options import OPTIONS
@@ -103,30 +105,47 @@ def has_weights(run: str, checkpoint: CheckpointRef) -> bool:
 
 
 @task(name="evaluate policy", task_run_name="evaluate {checkpoint.step}", **OPTIONS)
-def evaluate_policy(run: str, checkpoint: CheckpointRef) -> EvalManifest:
-    """Samples answers to the held-out prompts from a checkpoint, and commits the scores. Found if committed."""
+def evaluate_policy(run: str, checkpoint: CheckpointRef, benchmark: BenchmarkFile | None = None) -> EvalManifest:
+    """Samples answers to the held-out prompts, or a benchmark's, from a checkpoint, and commits the scores. Found if
+    committed."""
+    from npo_core.benchmarks import open_benchmark
     from npo_core.evaluate import evaluate_policy
     from npo_core.lineage import eval_id
     from npo_core.workspace import environment
 
     opened = workspace(run)
-    samples = opened.config.evaluation.samples
-    identifier = eval_id(checkpoint, samples, opened.record)
+    samples, greedy = opened.config.evaluation.samples, opened.config.evaluation.greedy
+    other = None if benchmark is None else open_benchmark(benchmark, opened.config)
+    spec = None
+    if other is not None:
+        samples, spec = other.samples, other.spec
+    identifier = eval_id(checkpoint, samples, opened.record, greedy, spec)
     committed = opened.run.evaluation(identifier)
     if committed is not None:
         return committed
     manifest = opened.run.require_checkpoint(checkpoint.leg_id, checkpoint.step)
     generator = opened.sampling("evaluation", checkpoint)
     context = opened.context(checkpoint.leg_id, manifest.weights_digest)
-    prompts = len(opened.prompts.held_out())
-    with stage_progress(run, f"evaluate {checkpoint.step}", prompts) as bar:
+    prompts = opened.prompts.held_out() if other is None else other.prompts
+    name = f"evaluate {checkpoint.step}" if other is None else f"{other.spec.name} {checkpoint.step}"
+    with ExitStack() as stack:
+        if other is not None:
+            stack.callback(other.verifier.close)
+        bar = stack.enter_context(stage_progress(run, name, len(prompts)))
         evaluation = evaluate_policy(
-            context,
+            context if other is None else other.context(context),
             generator,
             checkpoint.step,
             samples,
             lambda done, correct: bar(done, {"accuracy": correct / (done * samples)}),
+            prompts,
+            greedy,
         )
     return opened.run.commit_evaluation(
-        identifier, checkpoint, samples, evaluation, environment(opened.config, "evaluation")
+        identifier,
+        checkpoint,
+        samples,
+        evaluation,
+        environment(opened.config, "evaluation"),
+        None if other is None else (other.spec, other.table),
     )

@@ -34,7 +34,7 @@ NO_RECIPE = (
     }
     | {"run.public_url"}
     | {f"{section}.{field}" for section, fields in NOT_RECIPE.items() for field in fields}
-    | {"evaluation.every", "evaluation.samples"}
+    | {"evaluation.every", "evaluation.greedy", "evaluation.samples"}
     | {f"deepspeed.{field}" for field in Config.model_fields["deepspeed"].default.__class__.model_fields}
     | {"retention.keep_last", "retention.keep_every", "retention.grace_hours"}
     | {f"vllm.{name}" for name in VllmSection.model_fields}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from npo_core.deepspeed_learner import DeepSpeedLearner
 from npo_core.interfaces import LocalCheckpoint, NearFutureError
 from npo_core.learner import TorchLearner
+from npo_core.padding import rank_batches
 from schemas.config import Config
 from tests.command import ROOT
 from tests.test_learner import RATE, batch, config
@@ -75,6 +76,8 @@ def start(path: Path, settings_: Config) -> LocalCheckpoint:
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)])
 def test_it_computes_what_torch_does_and_they_take_over_from_each_other(tmp_path: Path, ranks: int, stage: int) -> None:
     settings_ = settings(ranks, stage)
+    longest = [len(p) + len(c) for p, c in zip(batch(3).prompt_ids, batch(3).completion_ids, strict=True)]
+    assert min(map(len, rank_batches(longest, ranks, settings_.learner.micro_batch_tokens))) > 1, "passes must add up"
     first = start(tmp_path, settings_)
     alone = torch_learner(tmp_path / "alone", settings_)
     alone.load(first, RATE)
@@ -99,10 +102,25 @@ def test_it_computes_what_torch_does_and_they_take_over_from_each_other(tmp_path
     for name in ("deepspeed-6", "taken-over-6", "given-back-6"):
         print(ranks, stage, name, distance(tmp_path / name, tmp_path / "torch-6"))
         assert distance(tmp_path / name, tmp_path / "torch-6") < TOLERANCE
+    assert max(metrics["grad_norm"] for metrics in wanted) > settings_.learner.max_grad_norm, "clipping must act"
     for ours_, theirs in zip(found, wanted, strict=True):
         assert ours_ == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     for one, other in zip(logps, in_torch, strict=True):
         assert np.concatenate(one) == pytest.approx(np.concatenate(other), rel=1e-4, abs=1e-4)
+
+
+def test_a_run_goes_on_with_fewer_ranks_and_another_stage(tmp_path: Path) -> None:
+    first = start(tmp_path, settings(2, 3))
+    alone = torch_learner(tmp_path / "alone", settings(1, 0))
+    alone.load(first, RATE)
+    steps(alone, 0, 6)
+    alone.save(tmp_path / "torch-6")
+    for ranks, stage, begin, end in ((2, 3, 0, 3), (1, 1, 3, 6)):
+        with deepspeed(tmp_path / f"model-{ranks}", settings(ranks, stage)) as ours:
+            ours.load(first if not begin else LocalCheckpoint(tmp_path / f"by-{begin}", "0" * 64, begin), RATE)
+            steps(ours, begin, end)
+            ours.save(tmp_path / f"by-{end}")
+    assert distance(tmp_path / "by-6", tmp_path / "torch-6") < TOLERANCE
 
 
 @pytest.mark.parametrize(("ranks", "correction"), [(1, "token-truncated"), (2, "sequence-mask")])

@@ -105,12 +105,27 @@ def test_draws_follow_the_distribution() -> None:
     torch.testing.assert_close(entropy[0], expected)
 
 
+def test_at_temperature_zero_the_likeliest_token_is_certain() -> None:
+    logits_BV = torch.tensor([[0.0, 2.0, 1.0], [3.0, 3.0, -torch.inf]])
+    tokens, logps, entropy = draw(logits_BV, 0.0, torch.tensor([0.99, 0.99], dtype=torch.float64))
+    assert tokens.tolist() == [1, 0], "of equal tokens the first"
+    assert logps.tolist() == entropy.tolist() == [0.0, 0.0]
+
+
+def test_temperature_zero_is_where_sampling_goes_as_it_cools(policy64: Policy) -> None:
+    prompts = prompts_of([4, 6])
+    generator = TransformersGenerator(policy64, max_rows=8)
+    answers = [generator.sample(prompts, 1, SamplingParams(t, 8, (STOP,)), keys(2, 1)) for t in (0.0, 1e-6)]
+    assert [ids.tolist() for ids in answers[0].completion_ids] == [ids.tolist() for ids in answers[1].completion_ids]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) -> None:
     logits_BV = torch.zeros(3, 4)
     logits_BV[1, 2] = bad
     with pytest.raises(FloatingPointError, match="1 of 3 rows"):
-        draw(logits_BV, 1.0, torch.full((3,), 0.5, dtype=torch.float64))
+        draw(logits_BV, temperature, torch.full((3,), 0.5, dtype=torch.float64))
 
 
 def test_streams_are_functions_of_their_key_alone() -> None:

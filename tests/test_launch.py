@@ -35,6 +35,7 @@ def test_with_a_hostfile_deepspeeds_launcher_starts_those_of_every_host(tmp_path
         ("# nobody\n", "names no host; write lines `HOST slots=N`"),
         ("node-1 8\n", "line 1: 'node-1 8' is not `HOST slots=N`"),
         ("node-1 slots=8\nnode-2 slots=2\n", "line 2: node-2 has slots=2, fewer than deepspeed.ranks 4"),
+        ("node-1 slots=4\nnode-1 slots=4\n", "line 2: node-1 is named twice; give each host one line"),
     ],
 )
 def test_a_hostfile_that_cannot_be_used_is_refused(tmp_path: Path, text: str | None, said: str) -> None:

@@ -89,6 +89,12 @@ def test_peft_reads_the_adapter_and_the_merged_model_is_the_same_policy(tmp_path
     merged = Policy(lora.merge(directory, tmp_path / "merged"), plain.model, plain.learner)
     assert np.abs(logps(merged) - logps(tiny_policy(tmp_path / "plain"))).max() > 1e-2, "it has to have learnt"
     assert logps(merged) == pytest.approx(wanted, abs=1e-5)
+    # The same without a checkpoint, as an engine takes it in training; and what the adapters lie beside.
+    learner.policy.save_merged(tmp_path / "merged in memory")
+    learner.policy.save_base(tmp_path / "base")
+    for name, like in (("merged in memory", merged), ("base", tiny_policy(tmp_path / "plain"))):
+        written = Policy(tmp_path / name, plain.model, plain.learner)
+        assert all(torch.equal(p, like.parameters[n]) for n, p in written.parameters.items()), name
 
 
 def test_bfloat16_weights_have_float32_adapters(tmp_path: Path) -> None:

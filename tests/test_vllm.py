@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from npo_core.engine import Engine
+from npo_core.generate import TransformersGenerator
 from npo_core.interfaces import LocalCheckpoint, NearFutureError, SamplingParams, StreamKey, TrainBatch
 from npo_core.learner import TorchLearner
 from npo_core.policy import Policy
@@ -100,6 +102,14 @@ def test_equal_keys_give_equal_samples_in_another_batch(started: VllmGenerator) 
     assert [ids.tolist() for ids in other.completion_ids] != [ids.tolist() for ids in whole.completion_ids]
 
 
+def test_temperature_zero_gives_the_trainers_likeliest_tokens(started: VllmGenerator) -> None:
+    prompts, params = prompts_of([3, 8, 5]), replace(PARAMS, temperature=0.0)
+    ours = TransformersGenerator(started.policy, max_rows=8).sample(prompts, 1, params, keys(3, 1))
+    theirs = started.sample(prompts, 1, params, keys(3, 1))
+    assert [ids.tolist() for ids in theirs.completion_ids] == [ids.tolist() for ids in ours.completion_ids]
+    assert not np.concatenate([*theirs.logprobs, *theirs.entropies]).any()
+
+
 def test_a_completion_that_has_no_room_is_told_as_such(started: VllmGenerator) -> None:
     long = SamplingParams(PARAMS.temperature, 60, ())
     with pytest.raises(NearFutureError, match=r"raise vllm\.max_model_len"):
@@ -156,6 +166,42 @@ def test_rollouts_come_from_the_policy_as_each_update_left_it(started: VllmGener
         assert metrics["sampling/corrected"] == 0
         moved.append(compare(sampled.logprobs, rollouts.score(rows, sampled.completion_ids, PARAMS.temperature)))
     assert all(gap.mean > 100 * TOLERANCE for gap in moved), "the case must move the policy"
+
+
+@pytest.mark.parametrize("taken", ["merged", "adapter"])
+def test_adapters_are_sampled_from_as_each_update_left_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, taken: str
+) -> None:
+    settings = Config.model_validate(
+        {
+            "run": {"name": "t"},
+            "model": {"lora": {"rank": 4, "alpha": 8}},
+            "rollout": {"temperature": PARAMS.temperature},
+            "learner": {"learning_rate": 3e-2, "device": "cpu"},
+            "algorithm": {"sampling_correction": "token-truncated"},
+            "vllm": {**SETTINGS.model_dump(), "samples": ["rollout"], "lora": taken},
+        }
+    )
+    engine = Engine.build(settings, tiny_model_dir(tmp_path / "weights", head_dim=32), lambda load: load(tmp_path))
+    caplog.set_level("INFO", "npo")
+    prompts, n = prompts_of([4, 6]), 8
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    try:
+        for step in range(3):
+            sampled = engine.rollouts.sample(prompts, n, PARAMS, keys(2, n))
+            advantages, guide = np.resize([1.0, -1.0], len(rows)), np.zeros(len(rows), bool)
+            engine.learner.step(
+                TrainBatch(step, rows, sampled.completion_ids, advantages, guide, [None] * len(rows), sampled.logprobs)
+            )
+            moved = compare(sampled.logprobs, engine.rollouts.score(rows, sampled.completion_ids, PARAMS.temperature))
+            assert moved.mean > 100 * TOLERANCE, "the case must move the policy"
+    finally:
+        engine.close()
+    said = [record.getMessage() for record in caplog.records]
+    ways = [line.partition(", by ")[2].partition(":")[0] for line in said if "holds the trainer's weights, by" in line]
+    # An adapter is taken in place, even on a CPU.
+    assert len(ways) == 3
+    assert [("in place" in way) for way in ways] == [False] + [taken == "adapter"] * 2, ways
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def write_report(run: RunArtifacts, token_text: Callable[[int], str]) -> str:
 def _newest(run: RunArtifacts) -> str:
     """When the newest of what the report shows was committed."""
     segments = [segment for done in views.segments(run).values() for segment in done]
-    return max([run.record().created_at, *(made.created_at for made in (*segments, *run.evaluations()))])
+    return max([run.record().created_at, *(made.created_at for made in (*segments, *run.all_evaluations()))])
 
 
 def embed(data: Any) -> str:
@@ -134,5 +134,8 @@ def _template() -> jinja2.Template:
     )
     environment.filters["share"] = lambda value, digits=1: "–" if value is None else f"{100 * value:.{digits}f} %"
     environment.filters["estimate"] = lambda e: "–" if e is None else f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]"
+    environment.filters["interval"] = lambda e: (
+        "–" if e is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format_map(e)
+    )
     environment.filters["count"] = lambda value: f"{value:,}".replace(",", "\u202f")
     return environment.from_string(_resource("template.html.j2"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -192,11 +193,13 @@ def verify(run: Run, json: Json = False) -> None:
 
       npo verify runs/demo
     """
-    from npo_core.prompts import load_verifier
+    from npo_core.verifiers.kinds import load_verifier
     from npo_core.verify import verify_run
 
     opened = _workspace(open_existing(run))
-    faults = [asdict(f) for f in verify_run(opened.run, load_verifier(opened.config), opened.decode)]
+    # Not the workspace's, which refuses to be another one than the run's: that is one of the faults.
+    with closing(load_verifier(opened.config)) as verifier:
+        faults = [asdict(f) for f in verify_run(opened.run, verifier, opened.decode)]
     shown = table(("key", "problem", "remedy"), (fault.values() for fault in faults), f"{len(faults)} faults")
     emit(json, {"faults": faults}, shown if faults else Text(f"{opened.run.uri}: no faults"))
     if faults:

@@ -213,6 +213,7 @@ class RunArtifacts(Checkpoints, Legs, GuideFiles):
             tasks=evaluation.tasks,
             entropy=evaluation.entropy,
             tokens=evaluation.tokens,
+            failures=evaluation.failures,
             benchmark=None if benchmark is None else benchmark[0],
             **origin(environment),
         )

@@ -17,9 +17,10 @@ from npo_core import testbed
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, prompts_digest
 from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt
 from npo_core.lora import has_adapter, merge
-from npo_core.prompts import encode, load_source, load_verifier, to_arrow
+from npo_core.prompts import encode, load_source, to_arrow
 from npo_core.run_config import keep_config
 from npo_core.store import open_store
+from npo_core.verifiers.kinds import load_verifier
 from npo_core.workspace import Workspace, environment, new_leg, now
 from schemas.config import Config
 from schemas.digest import digest_bytes, digest_json

@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from npo_core.artifacts import prompts_digest
 from npo_core.interfaces import ConfigurationError, Prompt, Verifier
-from npo_core.prompts import load_source, load_verifier, to_arrow
+from npo_core.prompts import load_source, to_arrow
 from npo_core.segment import LegContext
+from npo_core.verifiers.kinds import load_verifier
 from schemas.benchmark import BenchmarkFile
 from schemas.config import Config
 from schemas.records import BenchmarkSpec

@@ -58,15 +58,14 @@ def ask(
     except FloatingPointError as error:
         raise FloatingPointError(f"probe of leg {context.leg_id} at step {step}: {error}") from error
     fault_point("probe-sampled")
-    correct = [
-        context.verifier.verify(chosen[i // samples], context.decode(ids.tolist())).correct
-        for i, ids in enumerate(rollouts.completion_ids)
-    ]
+    verdicts = context.verifier.judge(
+        [(chosen[i // samples], context.decode(ids.tolist())) for i, ids in enumerate(rollouts.completion_ids)]
+    )
     return Asked(
         [ids for ids in prompt_ids for _ in range(samples)],
         rollouts.completion_ids,
         rollouts.logprobs,
-        np.array(correct, dtype=bool).reshape(len(prompts), samples),
+        np.array([verdict.correct for verdict in verdicts], dtype=bool).reshape(len(prompts), samples),
     )
 
 

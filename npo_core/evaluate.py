@@ -29,6 +29,8 @@ class Evaluation:
     tokens: int
     greedy: pa.Table | None = None
     """One answer a prompt at temperature 0, like `samples`; None: none was asked for."""
+    failures: dict[str, int] | None = None
+    """Answers without a verdict, by `Verdict.failure`; None: the verifier cannot fail."""
 
 
 def evaluate_policy(
@@ -60,16 +62,21 @@ def evaluate_policy(
     likeliest: list[dict[str, Any]] = []
     asked: Counter[str] = Counter(prompt.task for prompt in prompts)
     correct: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
     entropies: list[np.ndarray] = []
     for first in range(0, len(prompts), block):
         part = prompts[first : first + block]
-        drawn, entropies_B = _ask(context, generator, step, part, samples, context.sampling)
+        drawn, entropies_B, failed = _ask(context, generator, step, part, samples, context.sampling)
         rows += drawn
         entropies += entropies_B
+        failures += failed
         for row in drawn:
             correct[row["task"]] += row["correct"]
         if greedy:
-            likeliest += _ask(context, generator, step, part, 1, replace(context.sampling, temperature=0.0))[0]
+            params = replace(context.sampling, temperature=0.0)
+            drawn, _, failed = _ask(context, generator, step, part, 1, params)
+            likeliest += drawn
+            failures += failed
         on_prompts(first + len(part), correct.total())
     return Evaluation(
         samples=pa.Table.from_pylist(rows, tables.TRAJECTORIES),
@@ -81,6 +88,7 @@ def evaluate_policy(
         accuracy=correct.total() / len(rows),
         entropy=float(np.concatenate(entropies).mean(dtype=np.float64)),
         tokens=sum(len(row["completion_ids"]) for row in (*rows, *likeliest)),
+        failures={"timeout": failures["timeout"], "error": failures["error"]} if context.verifier.can_fail else None,
     )
 
 
@@ -91,8 +99,9 @@ def _ask(
     part: Sequence[Prompt],
     samples: int,
     params: SamplingParams,
-) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """Verified answers to some prompts, rows by `schemas.tables.TRAJECTORIES`, and their tokens' entropies."""
+) -> tuple[list[dict[str, Any]], list[np.ndarray], Counter[str]]:
+    """Verified answers to some prompts, rows by `schemas.tables.TRAJECTORIES`, their tokens' entropies, and how many
+    verdicts failed."""
     prompt_ids = [context.encode(prompt) for prompt in part]
     streams = [
         StreamKey(context.config.run.seed, "eval", step, prompt.prompt_id, slot)
@@ -104,10 +113,10 @@ def _ask(
     except FloatingPointError as error:
         raise FloatingPointError(f"evaluation of leg {context.leg_id} at step {step}: {error}") from error
     rows = []
-    for i, completion_ids in enumerate(rollouts.completion_ids):
+    texts = [context.decode(completion_ids.tolist()) for completion_ids in rollouts.completion_ids]
+    verdicts = context.verifier.judge([(part[i // samples], text) for i, text in enumerate(texts)])
+    for i, (completion_ids, text, verdict) in enumerate(zip(rollouts.completion_ids, texts, verdicts, strict=True)):
         prompt = part[i // samples]
-        text = context.decode(completion_ids.tolist())
-        verdict = context.verifier.verify(prompt, text)
         rows.append(
             {
                 "run_id": context.run_id,
@@ -134,4 +143,5 @@ def _ask(
                 "schema_version": SCHEMA_VERSION,
             }
         )
-    return rows, rollouts.entropies
+    failed = Counter(str(verdict.failure) for verdict in verdicts if verdict.failure is not None)
+    return rows, rollouts.entropies, failed

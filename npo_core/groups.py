@@ -110,6 +110,15 @@ def step_metrics(mixed: Sequence[MixedGroup]) -> dict[str, float]:
     }
 
 
+def failure_metrics(mixed: Sequence[MixedGroup]) -> dict[str, float]:
+    """The metrics of a verifier that can fail: how many on-policy rollouts have no verdict, and therefore reward 0."""
+    failures = [verdict.failure for m in mixed for verdict in m.group.verdicts]
+    return {
+        "verifier/timeouts": float(failures.count("timeout")),
+        "verifier/errors": float(failures.count("error")),
+    }
+
+
 def group_rows(
     run_id: str, leg_id: str, step: int, weights_digest: str | None, verifier: str, mixed: Sequence[MixedGroup]
 ) -> list[dict[str, Any]]:

@@ -66,22 +66,28 @@ GuideTrajectories = Mapping[str, tuple[GuideTrajectory, ...]]
 
 
 def read_guide(
-    tables: Iterable[pa.Table], verify: Callable[[str, Sequence[int]], Verdict], encode: Callable[[str], np.ndarray]
+    tables: Iterable[pa.Table],
+    judge: Callable[[Sequence[tuple[str, Sequence[int]]]], Sequence[Verdict]],
+    encode: Callable[[str], np.ndarray],
 ) -> Iterator[GuideTrajectory]:
     """A guide's trajectories, each verified again as it comes: nothing unverified is ever replayed.
 
     Args:
         tables: rows by `schemas.tables.TRAJECTORIES`, of each prompt in sampling order.
-        verify: judges (prompt_id, completion_ids).
+        judge: judges some (prompt_id, completion_ids).
         encode: prompt_id to the token ids that the run gives to its policy.
 
     Raises:
         NearFutureError: an answer is not correct, is truncated, or its prompt has other token ids in this run.
     """
     batches = chain.from_iterable(table.to_batches(max_chunksize=ROWS_AT_ONCE) for table in tables)
-    for row in chain.from_iterable(batch.to_pylist() for batch in batches):
+    for row, verdict in chain.from_iterable(_judged(batch.to_pylist(), judge) for batch in batches):
         prompt_id = row["prompt_id"]
-        verdict = verify(prompt_id, row["completion_ids"])
+        if verdict.failure is not None:
+            raise NearFutureError(
+                f"guide {row['leg_id']}: the stored answer to prompt {prompt_id} could not be verified again "
+                f"({verdict.reason}); run again when the verifier works"
+            )
         if not verdict.correct or row["finish_reason"] != "stop":
             raise NearFutureError(
                 f"guide {row['leg_id']}: the stored answer to prompt {prompt_id} is not a verified-correct one "
@@ -104,6 +110,13 @@ def read_guide(
             row["behavior_step"],
             row["behavior_digest"],
         )
+
+
+def _judged(
+    rows: list[dict[str, Any]], judge: Callable[[Sequence[tuple[str, Sequence[int]]]], Sequence[Verdict]]
+) -> Iterator[tuple[dict[str, Any], Verdict]]:
+    """Each row with its verdict."""
+    return zip(rows, judge([(row["prompt_id"], row["completion_ids"]) for row in rows]), strict=True)
 
 
 def by_prompt(trajectories: Iterable[GuideTrajectory]) -> GuideTrajectories:

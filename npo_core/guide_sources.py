@@ -72,16 +72,17 @@ def sample_answers(
         except FloatingPointError as error:
             raise FloatingPointError(f"guide from step {spec.checkpoint.step}: {error}") from error
         tokens += sum(map(len, rollouts.completion_ids))
+        ended = [i for i, reason in enumerate(rollouts.finish_reasons) if reason == "stop"]
+        texts = {i: decode(rollouts.completion_ids[i].tolist()) for i in ended}
+        judged = verifier.judge([(part[i // spec.k], text) for i, text in texts.items()])
+        verdicts = dict(zip(ended, judged, strict=True))
         for p, prompt in enumerate(part):
             kept = 0
             for slot in range(spec.k):
                 i = p * spec.k + slot
-                if kept == spec.answers or rollouts.finish_reasons[i] != "stop":
+                if kept == spec.answers or i not in verdicts or not verdicts[i].correct:
                     continue
-                text = decode(rollouts.completion_ids[i].tolist())
-                verdict = verifier.verify(prompt, text)
-                if not verdict.correct:
-                    continue
+                verdict = verdicts[i]
                 trajectory = GuideTrajectory(
                     prompt.prompt_id,
                     rollouts.completion_ids[i],
@@ -89,7 +90,7 @@ def sample_answers(
                     verdict.reward,
                     verdict.reason,
                     float(rollouts.entropies[i].mean(dtype=np.float64)),
-                    text,
+                    texts[i],
                     spec.checkpoint.step,
                     spec.checkpoint.step,
                     spec.weights_digest,

@@ -57,6 +57,8 @@ class Verdict:
     """Explicit: a guide trajectory must be correct, whatever its reward."""
     reason: str
     """In words, for people."""
+    failure: Literal["timeout", "error"] | None = None
+    """Why there is no judgement, only reward 0 and not correct: it took too long, or the verifier failed."""
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,19 @@ class Verifier(Protocol):
 
     name: str
     """`name/version`, recorded in every row."""
+    can_fail: bool = False
+    """Whether a verdict may have a `failure`; these are counted then."""
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         """Judges `text` as an answer to `prompt`. Never raises because of what `text` holds."""
+
+    def judge(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+        """`verify` for many answers, in order."""
+        return [self.verify(prompt, text) for prompt, text in items]
+
+    def close(self) -> None:
+        """Ends what the verifier has started. By default it has started nothing."""
+        return
 
 
 class PromptSource(Protocol):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from npo_core import testbed
-from npo_core.interfaces import Prompt, Verifier
+from npo_core.interfaces import Prompt
 from npo_core.streams import philox
 from schemas.config import Config
 from schemas.digest import canonical_json
@@ -120,10 +120,3 @@ def load_source(config: Config) -> tuple[list[Prompt], list[Prompt]]:
             return testbed.make_prompts(
                 data.prompts, data.held_out, data.min_length, data.max_length, seed=data.pool_seed
             )
-
-
-def load_verifier(config: Config) -> Verifier:
-    """The verifier of the configuration's prompts."""
-    match config.data.source:
-        case "testbed":
-            return testbed.TestbedVerifier()

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from npo_core.faults import fault_point
-from npo_core.groups import Group, MixedGroup, group_rows, mix_groups, step_metrics
+from npo_core.groups import Group, MixedGroup, failure_metrics, group_rows, mix_groups, step_metrics
 from npo_core.guide import GuideTrajectories
 from npo_core.interfaces import (
     Generator,
@@ -107,7 +107,8 @@ def run_segment(
         fault_point("segment-step")
         digest = context.weights_digest if step == start else None
         rows += group_rows(context.run_id, context.leg_id, step, digest, context.verifier.name, mixed)
-        metrics.append({"step": step, **step_metrics(mixed), **replacement, **updated})
+        failed = failure_metrics(mixed) if context.verifier.can_fail else {}
+        metrics.append({"step": step, **step_metrics(mixed), **replacement, **updated, **failed})
         telemetry.append(
             {
                 "step": step,
@@ -156,11 +157,11 @@ def sample_groups(context: LegContext, generator: Generator, step: int) -> list[
 
 def judge(context: LegContext, groups: list[Group]) -> list[Group]:
     """The groups with texts and verdicts."""
-    judged = []
-    for group in groups:
-        texts = [context.decode(ids.tolist()) for ids in group.completion_ids]
-        judged.append(group.judged(texts, [context.verifier.verify(group.prompt, text) for text in texts]))
-    return judged
+    texts = [[context.decode(ids.tolist()) for ids in group.completion_ids] for group in groups]
+    verdicts = iter(
+        context.verifier.judge([(group.prompt, text) for group, own in zip(groups, texts, strict=True) for text in own])
+    )
+    return [group.judged(own, [next(verdicts) for _ in own]) for group, own in zip(groups, texts, strict=True)]
 
 
 def train_batch(step: int, mixed: Sequence[MixedGroup], weighs_sampling: bool = False) -> TrainBatch:

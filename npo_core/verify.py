@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ from npo_core import lineage
 from npo_core.artifacts import RunArtifacts, line_checkpoints, prompts_digest
 from npo_core.checkpoints import files_digest, policy_files
 from npo_core.findings import Fault, Findings, redo
+from npo_core.guide import ROWS_AT_ONCE
 from npo_core.interfaces import NearFutureError, Prompt, Verifier
 from npo_core.legs import segment_digest
 from npo_core.prompts import PromptTable
@@ -219,8 +220,8 @@ class _Verification:
         self.expect(len(answers) == manifest.solved, key, problem, redo(folder))
         window = None if asked is None else frozenset(asked)
         with self.findings.about(key):  # a damaged tokenizer cannot decode
-            for row in rows:
-                self._check_answer(key, folder, window, row)
+            for first in range(0, len(rows), ROWS_AT_ONCE):
+                self._check_answers(key, folder, window, rows[first : first + ROWS_AT_ONCE])
 
     def _check_shard(self, guide_id: str, name: str) -> None:
         folder = layout.shard(guide_id, name)
@@ -239,18 +240,22 @@ class _Verification:
         table = self.findings.table(manifest, folder, "window")
         return None if table is None else tuple(table["prompt_id"].to_pylist())
 
-    def _check_answer(self, key: str, folder: str, window: Collection[str] | None, row: dict[str, Any]) -> None:
-        prompt_id = row["prompt_id"]
-        prompt = self._prompt(prompt_id)
-        self.expect(
-            window is None or prompt_id in window, key, f"prompt {prompt_id} is none of its window", redo(folder)
-        )
-        if prompt is not None:
-            verdict = self.verifier.verify(prompt, self.decode(row["completion_ids"]))
-            problem = f"the answer to prompt {prompt_id} is not verified-correct ({verdict.reason})"
-            self.expect(verdict.correct, key, problem, redo(folder))
-        whole = row["finish_reason"] == "stop"
-        self.expect(whole, key, f"the answer to prompt {prompt_id} is truncated", redo(folder))
+    def _check_answers(
+        self, key: str, folder: str, window: Collection[str] | None, rows: Sequence[dict[str, Any]]
+    ) -> None:
+        prompts = [self._prompt(row["prompt_id"]) for row in rows]
+        known = [(i, prompt) for i, prompt in enumerate(prompts) if prompt is not None]
+        judged = self.verifier.judge([(prompt, self.decode(rows[i]["completion_ids"])) for i, prompt in known])
+        verdicts = {i: verdict for (i, _), verdict in zip(known, judged, strict=True)}
+        for i, row in enumerate(rows):
+            prompt_id = row["prompt_id"]
+            inside = window is None or prompt_id in window
+            self.expect(inside, key, f"prompt {prompt_id} is none of its window", redo(folder))
+            if (verdict := verdicts.get(i)) is not None:
+                problem = f"the answer to prompt {prompt_id} is not verified-correct ({verdict.reason})"
+                self.expect(verdict.correct, key, problem, redo(folder))
+            whole = row["finish_reason"] == "stop"
+            self.expect(whole, key, f"the answer to prompt {prompt_id} is truncated", redo(folder))
 
     def _check_segment(self, leg: LegRecord, folder: str) -> SegmentManifest | None:
         self.on_artifact(folder)

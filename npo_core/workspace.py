@@ -23,13 +23,14 @@ from npo_core import lineage
 from npo_core.artifacts import RunArtifacts
 from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
-from npo_core.interfaces import Generator, LocalCheckpoint, NearFutureError, Prompt
+from npo_core.interfaces import Generator, LocalCheckpoint, NearFutureError, Prompt, Verdict, Verifier
 from npo_core.policy import Policy, choose_device, device_name
-from npo_core.prompts import PromptTable, encode, load_verifier
+from npo_core.prompts import PromptTable, encode
 from npo_core.rows import EVERY_ROW, Where, read_rows
 from npo_core.run_config import configure
 from npo_core.segment import LegContext
 from npo_core.shards import sampling_config
+from npo_core.verifiers.kinds import load_verifier
 from npo_core.vllm_version import sampler_name
 from schemas import tables
 from schemas.config import Config
@@ -83,9 +84,11 @@ class Workspace:
         return Workspace(sampling_config(self.config, gpu), self.run, self.record)
 
     def close(self) -> None:
-        """Ends what the engine has started, and removes the scratch directory."""
+        """Ends what engine and verifier have started, and removes the scratch directory."""
         if self._engine is not None:
             self._engine.close()
+        if "verifier" in self.__dict__:
+            self.verifier.close()
         self._scratch.cleanup()
 
     @property
@@ -99,7 +102,7 @@ class Workspace:
         return PromptTable(self.run.prompts(), self.config.run.seed, self.config.rollout.prompts_per_step)
 
     @cached_property
-    def verifier(self) -> Any:
+    def verifier(self) -> Verifier:
         """The run's verifier.
 
         Raises:
@@ -139,6 +142,10 @@ class Workspace:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion without the token that ended it; a verifier sees all other special tokens."""
         return self.tokenizer.decode(ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids)
+
+    def judge(self, answers: Sequence[tuple[str, Sequence[int]]]) -> list[Verdict]:
+        """Verdicts on (prompt_id, token ids of a completion)."""
+        return self.verifier.judge([(self.prompts.get(prompt_id), self.decode(ids)) for prompt_id, ids in answers])
 
     def token_text(self, token: int) -> str:
         """Text of one token, special ones included."""
@@ -238,7 +245,7 @@ class Workspace:
         require_same_terms(manifest, self.record)
         return read_guide(
             read_rows(self.run, [manifest], "trajectories", tables.TRAJECTORIES.names, where),
-            lambda prompt_id, ids: self.verifier.verify(self.prompts.get(prompt_id), self.decode(ids)),
+            self.judge,
             lambda prompt_id: self.encode(self.prompts.get(prompt_id)),
         )
 

@@ -16,6 +16,7 @@ from schemas.model import ModelSection
 from schemas.section import Section
 from schemas.sharding import ShardingSection
 from schemas.urls import WITHOUT_CREDENTIALS, without_credentials
+from schemas.verifier import VerifierSection
 from schemas.vllm import VllmSection
 
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
@@ -112,6 +113,7 @@ NOT_RECIPE = {
         "gradient_checkpointing",
     ),
     "autonpo": ("executes",),
+    "verifier": ("workers",),
 }
 """How the work is cut to fit a machine, which changes results by rounding only and may have to change in mid-run; and
 who acts, which changes none."""
@@ -126,6 +128,8 @@ class Config(Section):
     """What is trained."""
     data: DataSection = DataSection()
     """On which prompts."""
+    verifier: VerifierSection = VerifierSection()
+    """What judges the answers."""
     rollout: RolloutSection = RolloutSection()
     """How rollouts are sampled."""
     learner: LearnerSection = LearnerSection()
@@ -248,4 +252,7 @@ class Config(Section):
         if self.model.lora is None:
             # As before there were adapters: the recipe of a run without them stays what it was.
             del recipe["model"]["lora"]
+        if recipe["verifier"] == VerifierSection().model_dump(mode="json", exclude={"workers"}):
+            # As before there was a choice.
+            del recipe["verifier"]
         return recipe

@@ -1,4 +1,4 @@
-"""The prompts of a run and what judges the answers to them."""
+"""The prompts of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from schemas.section import Section
 
 
 class DataSection(Section):
-    """The prompts, and the verifier that judges answers to them."""
+    """The prompts."""
 
     source: Literal["testbed"] = "testbed"
     """Where the prompts come from."""

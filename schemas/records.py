@@ -306,6 +306,8 @@ class EvalManifest(Manifest):
     """Mean token entropy of the sampling distribution, in nats."""
     tokens: int = Field(ge=0)
     """Completion tokens sampled; not counted as training compute."""
+    failures: dict[Literal["timeout", "error"], int] | None = None
+    """Answers without a verdict, which count as wrong: it took too long, or the verifier failed. None: it cannot."""
     benchmark: BenchmarkSpec | None = None
     """None: the run's held-out prompts, under the run's sampling and verifier."""
 

@@ -149,7 +149,13 @@ SAMPLING_DESCRIPTIONS = {
     "sampling/corrected": "Share of these tokens that the correction truncates or masks.",
 }
 """Metrics of steps whose sampler is no part of the trainer, or whose updates are corrected for it."""
-METRIC_COLUMNS = (*METRIC_DESCRIPTIONS, *SAMPLING_DESCRIPTIONS)
+VERIFIER_DESCRIPTIONS = {
+    "verifier/timeouts": "On-policy rollouts whose verdict took too long: reward 0.",
+    "verifier/errors": "On-policy rollouts on which the verifier failed: reward 0.",
+}
+"""Metrics of verifiers that can fail."""
+_LATER_DESCRIPTIONS = {**SAMPLING_DESCRIPTIONS, **VERIFIER_DESCRIPTIONS}
+METRIC_COLUMNS = (*METRIC_DESCRIPTIONS, *_LATER_DESCRIPTIONS)
 """A step's metrics, TRL's names first."""
 
 MONITOR_COLUMNS = ("autonpo/reward_ema", "autonpo/entropy_ema")
@@ -164,7 +170,7 @@ METRICS = pa.schema(
         _LEG_ID,
         _STEP,
         *(_column(name, pa.float64(), text, nullable=True) for name, text in METRIC_DESCRIPTIONS.items()),
-        *(_column(name, pa.float64(), text, nullable=True, later=True) for name, text in SAMPLING_DESCRIPTIONS.items()),
+        *(_column(name, pa.float64(), text, nullable=True, later=True) for name, text in _LATER_DESCRIPTIONS.items()),
     ],
     metadata=_META,
 )

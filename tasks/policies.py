@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from prefect import task
@@ -127,7 +128,10 @@ def evaluate_policy(run: str, checkpoint: CheckpointRef, benchmark: BenchmarkFil
     context = opened.context(checkpoint.leg_id, manifest.weights_digest)
     prompts = opened.prompts.held_out() if other is None else other.prompts
     name = f"evaluate {checkpoint.step}" if other is None else f"{other.spec.name} {checkpoint.step}"
-    with stage_progress(run, name, len(prompts)) as bar:
+    with ExitStack() as stack:
+        if other is not None:
+            stack.callback(other.verifier.close)
+        bar = stack.enter_context(stage_progress(run, name, len(prompts)))
         evaluation = evaluate_policy(
             context if other is None else other.context(context),
             generator,

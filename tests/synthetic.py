@@ -20,7 +20,7 @@ from npo_core.artifacts import RunArtifacts
 from npo_core.evaluate import Evaluation
 from npo_core.groups import Group, group_rows, mix_groups, step_metrics
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
-from npo_core.interfaces import Prompt, Rollouts, Verdict
+from npo_core.interfaces import Prompt, Rollouts, Verdict, Verifier
 from npo_core.prompts import PromptTable, to_arrow
 from npo_core.store import open_store
 from schemas import tables
@@ -44,7 +44,7 @@ FAMILIES = {"sum": "s", "reverse": "r", "maximum": "m"}
 END = ord("#")
 
 
-class SyntheticVerifier:
+class SyntheticVerifier(Verifier):
     """Wants the whole working, exactly."""
 
     name = "synthetic/1"
@@ -254,7 +254,7 @@ class _Builder:
         return by_prompt(
             read_guide(
                 [self.artifacts.table(guide, "trajectories")],
-                lambda prompt_id, ids: self.verifier.verify(self.prompts.get(prompt_id), decode(ids)),
+                lambda answers: self.verifier.judge([(self.prompts.get(name), decode(ids)) for name, ids in answers]),
                 lambda prompt_id: encode(self.prompts.get(prompt_id).messages[0]["content"]),
             )
         )

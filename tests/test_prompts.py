@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from npo_core import testbed
 from npo_core.artifacts import prompts_digest
 from npo_core.interfaces import ConfigurationError, Prompt, PromptSource, Verifier
-from npo_core.prompts import PromptTable, encode, load_source, load_verifier, to_arrow
+from npo_core.prompts import PromptTable, encode, load_source, to_arrow
 from npo_core.testbed.tokenizer import build_tokenizer
+from npo_core.verifiers.kinds import load_verifier
 from schemas.config import Config
 from schemas.digest import digest_json
 from schemas.tables import PROMPTS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from npo_core.artifacts import RunArtifacts
-from npo_core.prompts import load_verifier
+from npo_core.verifiers.kinds import load_verifier
 from npo_core.verify import verify_run
 from npo_core.workspace import Workspace
 from tests.bench import scale

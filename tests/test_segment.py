@@ -40,7 +40,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def kept(table: pa.Table, workspace: Workspace) -> GuideTrajectories:
-    return by_prompt(read_guide([table], verify_in(workspace), encode_in(workspace)))
+    return by_prompt(read_guide([table], workspace.judge, encode_in(workspace)))
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,6 @@ def made(workspace: Workspace, k: int = 24, answers: int = 1) -> tuple[pa.Table,
         workspace.decode,
         lambda done, solved: None,
     )
-
-
-def verify_in(workspace: Workspace) -> Any:
-    return lambda prompt, ids: workspace.verifier.verify(workspace.prompts.get(prompt), workspace.decode(ids))
 
 
 def encode_in(workspace: Workspace) -> Any:

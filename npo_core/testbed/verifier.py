@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from npo_core.interfaces import Prompt, Verdict
+from npo_core.interfaces import Prompt, Verdict, Verifier
 
 
-class TestbedVerifier:
+class TestbedVerifier(Verifier):
     """Accepts a text that equals the prompt's working. Reward 1.0 or 0.0."""
 
     __test__ = False  # not a test class, whatever pytest makes of its name

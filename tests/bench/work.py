@@ -122,7 +122,7 @@ def grpo_config(seed: int, learning_rate: float, rollout: dict[str, int]) -> Con
     )
 
 
-class HashVerifier:
+class HashVerifier(Verifier):
     """Rewards every other text, by a hash."""
 
     name = "hash/1"

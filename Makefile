@@ -9,7 +9,7 @@ VLLM ?= $(shell command -v nvidia-smi >/dev/null && echo cuda || echo cpu)
 export OMP_NUM_THREADS ?= 1
 
 # A test file's processes take one core, and often wait; more workers want more memory, about 2 GiB each.
-WORKERS ?= 2
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help setup setup-dev setup-vllm setup-engines demo test check engines bench soak browser clean

@@ -45,7 +45,7 @@ def open_benchmark(file: BenchmarkFile, config: Config) -> Benchmark:
     Raises:
         ConfigurationError: its prompts cannot be had, or two share an identifier.
     """
-    config = config.model_copy(update={"data": file.data})
+    config = config.model_copy(update={"data": file.data, "verifier": file.verifier})
     train, held_out = load_source(config)
     prompts, verifier, table = [*train, *held_out], load_verifier(config), to_arrow(train, held_out)
     if len({prompt.prompt_id for prompt in prompts}) < len(prompts):

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from schemas.data import DataSection
 from schemas.section import Section
+from schemas.verifier import VerifierSection
 
 
 class BenchmarkFile(Section):
@@ -17,6 +18,8 @@ class BenchmarkFile(Section):
     """The benchmark's name: lower-case letters, digits, dot, dash, underscore."""
     data: DataSection
     """Its prompts: all of them are asked, training pool and held-out set."""
+    verifier: VerifierSection = VerifierSection()
+    """What judges the answers; the run's own verifier judges its own prompts alone."""
     samples: int | None = Field(None, ge=1)
     """Answers a prompt; `evaluation.samples` of the run by default."""
     max_new_tokens: int | None = Field(None, ge=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ LONG = "deploy/benchmarks/testbed-long.yaml"
 SMALL = """
 name: small
 data: {source: testbed, prompts: 8, held_out: 8, min_length: 5, max_length: 6, pool_seed: 3}
+verifier: {kind: testbed}
 samples: 4
 temperature: 0.5
 max_new_tokens: 9
@@ -144,7 +146,8 @@ def test_forced_it_comes_out_the_same(
 
 
 @pytest.mark.parametrize(
-    "change", ["pool_seed: 4", "samples: 2", "temperature: 0.6", "max_new_tokens: 8", "name: other"]
+    "change",
+    ["pool_seed: 4", "samples: 2", "temperature: 0.6", "max_new_tokens: 8", "name: other", "verifier: {kind: exact}"],
 )
 def test_another_question_is_another_evaluation(
     asked: tuple[str, dict[str, Any]], small: Path, tmp_path: Path, change: str
@@ -160,7 +163,7 @@ def test_another_question_is_another_evaluation(
         return eval_id(tip, opened.samples, workspace.record, False, opened.spec)
 
     key = change.partition(":")[0]
-    old = next(part for part in SMALL.replace("}", "\n").replace(", ", "\n").splitlines() if part.startswith(key))
+    old = next(part for part in re.split(r"\n|, |(?<=\d)}", SMALL) if part.startswith(key))
     other = tmp_path / "other.yaml"
     other.write_text(SMALL.replace(old, change))
     assert identity(small) == asked[1]["artifacts"][0]["eval_id"]

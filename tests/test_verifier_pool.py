@@ -111,7 +111,7 @@ def gone(pids: list[int]) -> bool:
 def test_a_failed_verdict_says_why_and_the_next_ones_are_right(
     start: Start, text: str, failure: str, reason: str
 ) -> None:
-    verifier = start(workers=1)
+    verifier = start(workers=1, timeout_s=0.5 if failure == "timeout" else 60)
     before, failed, after = verifier.judge([(prompt("0.25"), ""), (prompt(), text), (prompt("0.75"), "")])
     assert (failed.reward, failed.correct, failed.failure) == (0.0, False, failure)
     assert reason in failed.reason

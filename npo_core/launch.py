@@ -25,7 +25,7 @@ def launch_command(section: DeepSpeedSection, session: Path) -> list[str]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return [*torchrun, f"--nproc_per_node={section.ranks}", "--module", WORKER, str(session)]
     first = hosts(section)[0]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={section.hostfile}"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={_path(section)}"]
     options = [f"--num_gpus={section.ranks}", f"--master_addr={first}", "--no_local_rank", "--module"]
     return [*launcher, *options, WORKER, str(session)]
 
@@ -37,7 +37,7 @@ def hosts(section: DeepSpeedSection) -> list[str]:
         ConfigurationError: it cannot be read, a line is wrong, or a host is named twice or has fewer slots than
             `deepspeed.ranks`.
     """
-    path = Path(section.hostfile or "").expanduser()
+    path = _path(section)
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
@@ -63,3 +63,8 @@ def hosts(section: DeepSpeedSection) -> list[str]:
     if not found:
         raise ConfigurationError(f"deepspeed.hostfile {path} names no host; write lines `HOST slots=N`")
     return found
+
+
+def _path(section: DeepSpeedSection) -> Path:
+    """Of the hostfile. DeepSpeed's launcher would train on this machine alone if it did not find it, `~` and all."""
+    return Path(section.hostfile or "").expanduser().absolute()

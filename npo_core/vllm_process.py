@@ -16,7 +16,7 @@ import numpy as np
 
 from npo_core import frames
 from npo_core.interfaces import ADAPTER, ConfigurationError, NearFutureError, SamplingParams
-from npo_core.supervised import Supervised
+from npo_core.supervised import GRACE_S, Supervised
 from schemas.vllm import VllmSection
 
 logger = logging.getLogger("npo")
@@ -50,17 +50,20 @@ class VllmProcess:
         self.settings, self.dtype = settings, dtype
         self._process: Supervised | None = None
         self._socket: socket.socket | None = None
+        self._loaded = False
         self._said: deque[str] = deque(maxlen=LAST_LINES)
+        self._forwarding: threading.Thread | None = None
 
     @property
     def started(self) -> bool:
         """Whether there is an engine."""
-        return self._socket is not None
+        return self._loaded
 
     def fresh(self, model_dir: Path) -> None:
         """A fresh engine with the weights of a model directory."""
-        if not self.started:
+        if self._socket is None:
             self._start()
+        self._loaded = False
         self._ask(
             {
                 "request": "load",
@@ -69,6 +72,7 @@ class VllmProcess:
                 **self._adapter(model_dir),
             }
         )
+        self._loaded = True
 
     def reload(self, model_dir: Path) -> None:
         """Gives the engine other weights in place; whether it took them has to be checked."""
@@ -95,6 +99,7 @@ class VllmProcess:
         if self._process:
             self._process.close()
         self._socket = self._process = None
+        self._loaded = False
 
     @staticmethod
     def _adapter(model_dir: Path) -> dict[str, str]:
@@ -133,7 +138,9 @@ class VllmProcess:
         self._socket = ours
         # In this context, so that Prefect knows whose lines they are.
         context = contextvars.copy_context()
-        threading.Thread(target=context.run, args=(self._forward, self._process), daemon=True).start()
+        self._said.clear()
+        self._forwarding = threading.Thread(target=context.run, args=(self._forward, self._process), daemon=True)
+        self._forwarding.start()
 
     def _forward(self, process: Supervised) -> None:
         for line in process.output:
@@ -150,8 +157,11 @@ class VllmProcess:
             frames.send(self._socket, frames.pack(header, arrays))
             reply, given = frames.unpack(frames.receive(self._socket))
         except frames.DisconnectedError as error:
-            said = "\n".join(self._said)
             self.close()
+            if self._forwarding:
+                # Its last words may still be in the pipe.
+                self._forwarding.join(GRACE_S)
+            said = "\n".join(self._said)
             raise NearFutureError(
                 f"vLLM's process ended while it was asked to {header['request']} ({error}); run again, and if memory "
                 f"is short lower vllm.gpu_memory_utilization or vllm.max_model_len. It said last:\n{said}"

@@ -61,15 +61,20 @@ def synchronize(ways: Sequence[Sync], probe: Callable[[], Agreement], tolerance:
     """
     failed: list[str] = []
     for way in ways:
-        way.run()
-        agreement = probe()
+        try:
+            way.run()
+            agreement = probe()
+        except NearFutureError as error:
+            failed.append(f"{way.name}: {error}")
+            logger.warning("the engine could not be given the weights by %s", failed[-1])
+            continue
         if agreement.within(tolerance):
             logger.info("the engine holds the trainer's weights, by %s: %s", way.name, agreement)
             return agreement
         failed.append(f"{way.name}: {agreement}")
         logger.warning("the engine does not hold the trainer's weights after %s (tolerance %g)", failed[-1], tolerance)
     raise NearFutureError(
-        f"the engine's log-probabilities are not the trainer's ({'; '.join(failed)}; vllm.tolerance {tolerance:g}), so "
+        f"the engine does not hold the trainer's weights ({'; '.join(failed)}; vllm.tolerance {tolerance:g}), so "
         "it samples from another policy; raise vllm.tolerance only if the engine's arithmetic explains the difference, "
         "or let transformers sample (vllm.samples)"
     )

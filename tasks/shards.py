@@ -78,7 +78,7 @@ def sample_shard(run: str, guide_id: str, spec: GuideSpec, number: int, of: int)
             return committed
         rows, tokens = _answers(opened, spec, guide_id, spec.prompt_ids, _end_if_interrupted)
         worker = {"host": socket.gethostname(), "pid": str(os.getpid())}
-        return opened.run.commit_shard(guide_id, spec, rows, tokens, environment(opened.config) | worker)
+        return opened.run.commit_shard(guide_id, spec, rows, tokens, environment(opened.config, "guide") | worker)
 
 
 def _answers(

@@ -28,6 +28,13 @@ def test_with_a_hostfile_deepspeeds_launcher_starts_those_of_every_host(tmp_path
     ]
 
 
+def test_a_hostfile_below_home_is_handed_on_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "hosts").write_text("node-1 slots=1\n")
+    command = launch_command(DeepSpeedSection(ranks=1, hostfile="~/hosts"), Path("/shared/session"))
+    assert f"--hostfile={tmp_path / 'hosts'}" in command
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

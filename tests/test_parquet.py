@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from npo_core import parquet
 from npo_core.store import StoreError
-from schemas.tables import METRICS, TRAJECTORIES
+from schemas.tables import LATER, METRICS, TRAJECTORIES
 
 
 def _rows(count: int, seed: int) -> pa.Table:
@@ -97,7 +97,7 @@ def test_nan_payloads_count() -> None:
     assert len({parquet.logical_digest(table, METRICS) for table in tables}) == 2
 
 
-OLDER = pa.schema([field for field in METRICS if not field.name.startswith("sampling/")], METRICS.metadata)
+OLDER = pa.schema([field for field in METRICS if LATER not in field.metadata], METRICS.metadata)
 """The metrics as they were before there were others."""
 
 

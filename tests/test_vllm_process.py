@@ -26,8 +26,8 @@ def test_an_environment_without_vllm_is_told_by_what_its_process_says(tmp_path: 
     process = VllmProcess(VllmSection(python=sys.executable), "float32")
     with pytest.raises(NearFutureError, match="could not load: ModuleNotFoundError: No module named 'vllm'"):
         process.fresh(tmp_path)
+    assert not process.started, "there is no engine to give other weights to"
     process.close()
-    assert not process.started
 
 
 def test_a_process_that_dies_is_told_with_its_last_words(tmp_path: Path) -> None:

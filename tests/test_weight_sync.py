@@ -51,3 +51,16 @@ def test_when_no_way_agrees_the_figures_of_all_are_told() -> None:
     assert tried == ["in place", "fresh"]
     assert said.count("7.00e-01") == 2
     assert all(word in said for word in ("in place", "fresh", "vllm.tolerance 0.0001"))
+
+
+def test_a_way_that_fails_is_followed_by_the_next_and_told_if_none_is_left() -> None:
+    tried: list[str] = []
+
+    def fail() -> None:
+        raise NearFutureError("no memory")
+
+    failing = Sync("in place", fail)
+    assert synchronize([failing, *ways(tried)[1:]], lambda: GOOD, 1e-4) == GOOD
+    assert tried == ["fresh"]
+    with pytest.raises(NearFutureError, match="in place: no memory; fresh: mean"):
+        synchronize([failing, *ways(tried)[1:]], lambda: BAD, 1e-4)

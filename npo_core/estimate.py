@@ -34,9 +34,7 @@ class LearnerMemory:
         return self.weights + self.gradients + self.master + self.moments
 
 
-def learner_memory(
-    shape: ModelShape, config: Config, processes: int, adapters: int | None = None
-) -> LearnerMemory:
+def learner_memory(shape: ModelShape, config: Config, processes: int, adapters: int | None = None) -> LearnerMemory:
     """What a process of the learner holds, on its GPU or where it is offloaded to.
 
     The torch learner keeps everything in the model's type, AdamW's moments too, and no float32 weights. DeepSpeed adds

@@ -6,6 +6,7 @@ as it may. A run that is there already finds what it has, and does the rest.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil
@@ -92,7 +93,10 @@ class Plan:
 
 def make_plan(config: Config, sizes: Sizes) -> Plan:
     """The plan of a run that begins."""
-    stages = (_begin(), *(_autonpo(config, sizes) if config.algorithm.method == "autonpo" else _scheduled(config, sizes)))
+    stages = (
+        _begin(),
+        *(_autonpo(config, sizes) if config.algorithm.method == "autonpo" else _scheduled(config, sizes)),
+    )
     end, every = config.run.total_steps, config.evaluation.every
     # The end is evaluated in any case; within its leg if it is a multiple.
     evaluations = sum(stage.evaluations for stage in stages) + (every == 0 or end % every != 0)
@@ -110,7 +114,7 @@ def make_plan(config: Config, sizes: Sizes) -> Plan:
 def segments(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     """The segments of steps [start, stop): boundaries lie at multiples of `size`, wherever a leg starts."""
     bounds = [start, *range((start // size + 1) * size, stop, size), stop]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
 
 
 def _begin() -> Stage:
@@ -137,7 +141,9 @@ def _leg(kind: Literal["main", "scout", "replay"], start: int, stop: int, config
     own = segments(start, stop, config.run.segment_steps)
     due = kind in MAIN_LINE and every
     evaluated = sum(end % every == 0 for _, end in own) if due else 0
-    return Stage(kind, start, stop, steps, 1, **_sampled(kind, steps, config), checkpoints=len(own), evaluations=evaluated)
+    return Stage(
+        kind, start, stop, steps, 1, **_sampled(kind, steps, config), checkpoints=len(own), evaluations=evaluated
+    )
 
 
 def _sampled(kind: str, steps: int, config: Config) -> dict[str, int]:

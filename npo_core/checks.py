@@ -42,7 +42,7 @@ class Notes:
         self._about: tuple[str, str | None, Any] = ("", None, None)
 
     @contextmanager
-    def about(self, check: str, field: str, value: Any) -> Iterator[None]:
+    def about(self, check: str, field: str | None, value: Any) -> Iterator[None]:
         """Within it a check notes what it finds; the error that it raises becomes its fault."""
         self._about = check, field, value
         try:
@@ -82,7 +82,6 @@ class Notes:
         check, field, value = self._about
         self.checks.append(Check(check, status, field, value, said))
 
-    @property
-    def faults(self) -> list[Check]:
-        """Those that failed."""
-        return [check for check in self.checks if check.status == "failed"]
+    def noted(self, check: str) -> bool:
+        """Whether a check has found anything yet."""
+        return any(found.check == check for found in self.checks)

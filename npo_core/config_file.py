@@ -34,8 +34,8 @@ class Draft:
 
     config: Config
     """With defaults in place of the wrong sections; not valid as a whole if there are faults."""
-    faults: tuple[str, ...]
-    """All that is wrong, each naming the field, its value and the remedy."""
+    faults: tuple[tuple[str | None, str], ...]
+    """All that is wrong: its field, None where sections disagree, and a message with the value and the remedy."""
     wrong: frozenset[str]
     """The sections that are wrong by themselves."""
 
@@ -53,11 +53,16 @@ def draft_config(path: str | Path, overrides: Sequence[str]) -> Draft:
         return Draft(Config.model_validate(values), (), frozenset())
     except ValidationError as error:
         wrong = {str(fault["loc"][0]) for fault in error.errors() if fault["loc"]} & set(Config.model_fields)
-        faults = tuple(fault for message in _messages(error, Config) for fault in message.split("\n  "))
+        faults = tuple(
+            (".".join(map(str, fault["loc"])) or None, said)
+            for fault, message in zip(error.errors(), _messages(error, Config), strict=True)
+            for said in message.split("\n  ")
+        )
     sections: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
         if name in values and name not in wrong:
-            sections[name] = TypeAdapter(field.annotation).validate_python(values[name])
+            section: Any = field.annotation
+            sections[name] = TypeAdapter(section).validate_python(values[name])
     sections.setdefault("run", RunSection(name="unnamed"))
     return Draft(Config.model_construct(**sections), faults, frozenset(wrong))
 

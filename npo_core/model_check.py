@@ -38,7 +38,9 @@ def check_model(config: Config, notes: Notes) -> FoundModel | None:
     """
     from npo_core.begin import starting_checkpoint
 
-    notes.at("model.start_from" if config.model.start_from else "model.path", config.model.start_from or config.model.path)
+    notes.at(
+        "model.start_from" if config.model.start_from else "model.path", config.model.start_from or config.model.path
+    )
     with ExitStack() as stack:
         if config.model.start_from is not None:
             run, ref = starting_checkpoint(config.model.start_from)
@@ -52,7 +54,9 @@ def check_model(config: Config, notes: Notes) -> FoundModel | None:
         model, tokenizer = _read(folder), _tokenizer(folder)
         if config.model.start_from is None:
             if next(folder.glob("*.safetensors"), None) is None:
-                notes.warn(f"{folder} has configuration and tokenizer, but no .safetensors file yet; put the weights there")
+                notes.warn(
+                    f"{folder} has configuration and tokenizer, but no .safetensors file yet; put the weights there"
+                )
             else:
                 notes.ok(f"configuration and tokenizer of {folder} can be read")
     return _found(config, notes, model, tokenizer)
@@ -119,8 +123,8 @@ def _tokenizer(folder: Path) -> Any:
 def _unusable(folder: Path, part: str, error: Exception) -> ConfigurationError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ConfigurationError(
-        f"model.path {folder}: its {part} cannot be used ({reason}); give a complete transformers model directory, with "
-        "tokenizer and chat template"
+        f"model.path {folder}: its {part} cannot be used ({reason}); give a complete transformers model "
+        "directory, with tokenizer and chat template"
     )
 
 

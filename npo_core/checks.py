@@ -58,7 +58,7 @@ class Notes:
             self.unchecked(f"the section{'s' * (len(wrong) > 1)} {', '.join(wrong)} must be mended first")
         return not wrong
 
-    def at(self, field: str, value: Any) -> None:
+    def at(self, field: str | None, value: Any) -> None:
         """What follows is about this field."""
         self._about = self._about[0], field, value
 

@@ -19,7 +19,7 @@ from npo_core import testbed
 from npo_core.artifacts import RunArtifacts, open_run
 from npo_core.config_file import draft_config
 from npo_core.dry_run import DryRun, dry_run
-from npo_core.inventory import read_inventory
+from npo_core.inventory import take_inventory
 from npo_core.plan import Sizes, Stage, make_plan, segments
 from npo_core.retention import retain
 from npo_core.run_config import configure
@@ -194,7 +194,7 @@ def test_the_plan_is_what_the_run_then_does(small_run: tuple[list[str], Any, Run
 @pytest.mark.slow
 def test_the_storage_is_what_the_run_then_takes(small_run: tuple[list[str], Any, RunArtifacts]) -> None:
     _, before, run = small_run
-    found = read_inventory(run)
+    found = take_inventory(run)
     sizes = [
         sum(file.bytes for file in made.files if file.role in ("weights", "optimizer")) for made in found.checkpoints
     ]
@@ -234,9 +234,9 @@ def test_an_autonpo_run_stays_within_its_plan(autonpo_run: str) -> None:
         assert sum(legs.values()) <= stages[kind].tokens
     assert len(run.guides()) == 2 <= stages["guide"].times
     assert sum(guide.tokens_guide for guide in run.guides()) <= stages["guide"].tokens
-    assert sum(decision.tokens_probe or 0 for decision in run.decisions()) <= stages["probe"].tokens
+    assert sum(decision.tokens_probe for decision in run.decisions()) <= stages["probe"].tokens
     assert len(run.evaluations()) <= plan.evaluations
-    found = read_inventory(run)
+    found = take_inventory(run)
     assert len(found.checkpoints) <= plan.checkpoints
     assert len(retain(found, config).kept) <= plan.kept_checkpoints
 

@@ -28,10 +28,11 @@ def show_dry_run(config: str, overrides: Sequence[str], json: bool) -> None:
     """
     from npo_core.config_file import draft_config
     from npo_core.dry_run import dry_run
+    from npo_core.machine_check import this_machine
 
     # A verifier's process imports the user's module, and would write its bytecode beside it.
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    found = dry_run(draft_config(config, overrides))
+    found = dry_run(draft_config(config, overrides), this_machine())
     emit(json, found.as_json(), Group(*_for_people(found)))
     if found.faults:
         faults = "\n  ".join(fault.said for fault in found.faults)

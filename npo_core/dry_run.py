@@ -8,6 +8,7 @@ from typing import Any
 from npo_core.checks import Check, Notes
 from npo_core.config_file import Draft
 from npo_core.machine_check import (
+    Machine,
     Memory,
     Storage,
     check_devices,
@@ -59,8 +60,12 @@ class DryRun:
         }
 
 
-def dry_run(draft: Draft) -> DryRun:
-    """Makes every check whose sections are right, and plans the run if the whole configuration is."""
+def dry_run(draft: Draft, machine: Machine) -> DryRun:
+    """Makes every check whose sections are right, and plans the run if the whole configuration is.
+
+    Args:
+        machine: whose GPUs and memory count.
+    """
     config, notes = draft.config, Notes(draft.wrong)
     with notes.about("configuration", None, None):
         for field, said in draft.faults:
@@ -89,7 +94,7 @@ def dry_run(draft: Draft) -> DryRun:
             check_store(config, verifier, not draft.wrong, notes)
     if notes.readable("devices", "learner", "deepspeed", "vllm"):
         with notes.about("devices", "learner.device", config.learner.device):
-            check_devices(config, notes)
+            check_devices(config, machine, notes)
     plan = memory = storage = None
     if not draft.faults and data is not None:
         plan = make_plan(config, Sizes(len(data.train), len(data.held_out)))
@@ -98,7 +103,7 @@ def dry_run(draft: Draft) -> DryRun:
         memory = None if model is None else memory_of(config, model, longest or 0)
         storage = None if model is None else storage_of(config, model, plan, longest or 0)
         with notes.about("memory", "model.path", config.model.path):
-            check_memory(config, memory, notes)
+            check_memory(config, memory, machine, notes)
         with notes.about("disk", "run.store", config.run.store):
             check_disk(config, storage, notes)
     run = None if "run" in draft.wrong else f"{config.run.store.rstrip('/')}/{config.run.name}"

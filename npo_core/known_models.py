@@ -14,7 +14,6 @@ _QWEN3_8B = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
-NAMES = ("Qwen/Qwen3-8B", "Qwen/Qwen3-VL-8B-Instruct")
 
 
 def known_model(name: str) -> Any | None:

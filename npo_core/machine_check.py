@@ -29,6 +29,32 @@ GB = 1e9
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Where a run would be."""
+
+    cores: int
+    memory: int
+    """Bytes of main memory."""
+    gpus: int
+    gpu: str | None
+    """The first GPU's model."""
+    gpu_memory: int
+    """Its bytes."""
+
+
+def this_machine() -> Machine:
+    """The one that this process is on."""
+    import torch
+
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus:
+        return Machine(cores, memory, 0, None, 0)
+    first = torch.cuda.get_device_properties(0)
+    return Machine(cores, memory, gpus, first.name, first.total_memory)
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes that the run's parts hold, by arithmetic; activations, buckets and logits come on top."""
 
@@ -109,17 +135,13 @@ def storage_of(config: Config, model: FoundModel, plan: Plan, prompt: int) -> St
     )
 
 
-def check_devices(config: Config, notes: Notes) -> None:
+def check_devices(config: Config, machine: Machine, notes: Notes) -> None:
     """GPUs and cores."""
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = config.learner.device
-    if not gpus or device == "cpu":
-        cores = os.cpu_count() or 1
-        notes.ok(f"computes on the CPU, {cores} cores" + (f", beside {gpus} GPUs" if gpus else ""))
+    gpus = machine.gpus
+    if not gpus or config.learner.device == "cpu":
+        notes.ok(f"computes on the CPU, {machine.cores} cores" + (f", beside {gpus} GPUs" if gpus else ""))
     else:
-        notes.ok(f"computes on {torch.cuda.get_device_name(0)}, {gpus} of them")
+        notes.ok(f"computes on {machine.gpu}, {gpus} of them")
     for field, value, count in _wanted(config):
         notes.at(field, value)
         if gpus and count > gpus:
@@ -138,16 +160,13 @@ def _wanted(config: Config) -> Iterator[tuple[str, object, int]]:
         yield "vllm.tensor_parallel_size", config.vllm.tensor_parallel_size, config.vllm.tensor_parallel_size
 
 
-def check_memory(config: Config, memory: Memory | None, notes: Notes) -> None:
-    """The learner, its copy and its cache against a GPU's memory, or this machine's."""
-    import torch
-
+def check_memory(config: Config, memory: Memory | None, machine: Machine, notes: Notes) -> None:
+    """The learner, its copy and its cache against a GPU's memory, or the machine's."""
     if memory is None:
         notes.unchecked("the model's sizes are not known")
         return
-    on_gpu = torch.cuda.is_available() and config.learner.device != "cpu"
-    if not on_gpu:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not machine.gpus or config.learner.device == "cpu":
+        there = machine.memory
         count = config.deepspeed.ranks if config.learner.engine == "deepspeed" else 1
         own = memory.copy + memory.cache
         said = (
@@ -156,7 +175,7 @@ def check_memory(config: Config, memory: Memory | None, notes: Notes) -> None:
         )
         (notes.warn if count * memory.learner.total + own > there else notes.ok)(said)
         return
-    there = torch.cuda.get_device_properties(0).total_memory
+    there = machine.gpu_memory
     vllm = config.vllm.gpu_memory_utilization if config.vllm.samples and config.vllm.url is None else 0.0
     said = (
         f"the first GPU takes {memory.device / GB:.2f} GB, activations and logits apart, beside vLLM's {vllm:.0%} of "

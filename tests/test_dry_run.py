@@ -20,6 +20,7 @@ from npo_core.artifacts import RunArtifacts, open_run
 from npo_core.config_file import draft_config
 from npo_core.dry_run import DryRun, dry_run
 from npo_core.inventory import take_inventory
+from npo_core.machine_check import Machine
 from npo_core.plan import Sizes, Stage, make_plan, segments
 from npo_core.retention import retain
 from npo_core.run_config import configure
@@ -28,6 +29,8 @@ from tests.command import ROOT, last_json, npo, run_arguments
 from tests.tiny import tiny_model_dir
 
 CONFIGS = sorted(path.stem for path in (ROOT / "deploy" / "configs").glob("*.yaml"))
+CPUS = Machine(cores=2, memory=24 << 30, gpus=0, gpu=None, gpu_memory=0)
+GPUS = Machine(cores=64, memory=512 << 30, gpus=8, gpu="H200", gpu_memory=141 * 10**9)
 SMALL = {"data__held_out": 8, "evaluation__samples": 2}
 BROKEN = {
     "run": {"name": "broken", "total_steps": 20, "segment_steps": 7},
@@ -50,9 +53,10 @@ def written(tmp_path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def tried(tmp_path: Path, **sections: Any) -> DryRun:
+def tried(tmp_path: Path, machine: Machine = CPUS, **sections: Any) -> DryRun:
     """The dry run of a testbed configuration with these sections."""
-    return dry_run(draft_config(written(tmp_path, {"run": {"name": "demo"}, **sections}), []))
+    draft = draft_config(written(tmp_path, {"run": {"name": "demo"}, **sections}), [])
+    return dry_run(draft, machine)
 
 
 def said(found: DryRun, check: str) -> dict[str, str]:
@@ -331,6 +335,46 @@ def test_adapters_are_counted_and_places_that_the_model_lacks_are_refused(tmp_pa
     assert found.storage.checkpoint == 3 * 4 * count
     wrong = tried(tmp_path, model={"path": str(folder), "lora": {"targets": ["nowhere"]}})
     assert "model.lora.targets ['nowhere'] do not fit" in said(wrong, "model")["failed"]
+
+
+def large(tmp_path: Path, machine: Machine, **sections: Any) -> DryRun:
+    """The dry run of an 8B model that is not there, on a machine."""
+    model = {"path": "Qwen/Qwen3-8B", "dtype": "bfloat16"}
+    return tried(tmp_path, machine, model=model, rollout={"max_new_tokens": 1024}, **sections)
+
+
+def test_gpus_are_counted_and_their_memory_too(tmp_path: Path) -> None:
+    torch_alone = large(tmp_path, GPUS)
+    assert "computes on H200, 8 of them" in said(torch_alone, "devices")["ok"]
+    # Four times the weights, and the cache of 256 rows of 1024 tokens, 144 KiB each.
+    expected = 4 * 2 * 8_190_735_360 + 256 * 1024 * 144 * 1024
+    assert torch_alone.memory is not None
+    assert torch_alone.memory.device == expected
+    assert f"takes {expected / 1e9:.2f} GB" in said(torch_alone, "memory")["ok"]
+    vllm = {"samples": ["guide"], "python": sys.executable, "gpu_memory_utilization": 0.4}
+    assert "beside vLLM's 40%" in said(large(tmp_path, GPUS, vllm=vllm), "memory")["failed"]
+    # As many bytes as DeepSpeed's ranks split come with a copy of the weights on the first GPU.
+    sections = {"learner": {"engine": "deepspeed"}, "deepspeed": {"ranks": 8, "zero_stage": 3}}
+    spread = large(tmp_path, GPUS, **sections).memory
+    assert spread is not None
+    assert spread.learner.total == 18 * 8_190_735_360 / 8
+    assert spread.device == spread.learner.total + spread.copy + spread.cache
+    away = {**sections["deepspeed"], "offload_optimizer": True}
+    offloaded = large(tmp_path, GPUS, **{**sections, "deepspeed": away}).memory
+    assert offloaded is not None
+    assert offloaded.device == spread.device - 12 * 8_190_735_360 / 8
+
+
+def test_ranks_beyond_the_gpus_are_refused_and_without_any_only_told(tmp_path: Path) -> None:
+    sections = {"learner": {"engine": "deepspeed"}, "deepspeed": {"ranks": 9}}
+    few = large(tmp_path, GPUS, **sections)
+    assert "deepspeed.ranks 9 wants 9 GPUs, and this machine has 8" in said(few, "devices")["failed"]
+    none = large(tmp_path, CPUS, **sections)
+    assert "failed" not in said(none, "devices")
+    assert "deepspeed.ranks 9 wants 9 GPUs, and this machine has none" in said(none, "devices")["warning"]
+    assert "this machine has 25.8 GB" in said(none, "memory")["warning"]
+    named = tried(tmp_path, learner={"device": "cuda"})
+    assert "learner.device cuda wants 1 GPU, and this machine has none" in said(named, "devices")["warning"]
 
 
 def test_a_store_below_a_file_is_refused(tmp_path: Path) -> None:

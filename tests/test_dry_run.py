@@ -26,6 +26,7 @@ from npo_core.retention import retain
 from npo_core.run_config import configure
 from schemas.config import Config
 from tests.command import ROOT, last_json, npo, run_arguments
+from tests.s3_server import S3Server
 from tests.tiny import tiny_model_dir
 
 CONFIGS = sorted(path.stem for path in (ROOT / "deploy" / "configs").glob("*.yaml"))
@@ -279,6 +280,19 @@ def test_legs_between_interventions_are_planned_where_there_are_steps_between() 
     scouts = [stage for stage in plan.stages if stage.kind == "scout"]
     assert all(scout.rollouts == scout.steps * 32 * 2 for scout in scouts)
     assert isinstance(plan.stages[0], Stage)
+
+
+@pytest.mark.slow
+def test_a_bucket_is_read_and_left_as_it_was(s3_server: S3Server) -> None:
+    arguments = run_arguments("testbed-npo", "s3://runs/dry", "demo")
+    checks = last_json(npo(*arguments, "--dry-run", "--json", env=s3_server.env))["checks"]
+    store = [check["said"] for check in checks if check["check"] == "store"]
+    assert "s3://runs/dry/demo does not exist yet" in store
+    assert any("may be written: nothing is written here" in what for what in store)
+    assert s3_server.client().list_objects_v2(Bucket="runs", Prefix="dry/")["KeyCount"] == 0
+    result = npo(*run_arguments("testbed-npo", "s3://no-such-bucket/dry", "demo"), "--dry-run", env=s3_server.env)
+    assert result.returncode == 2
+    assert "make the bucket, or choose another run.store" in result.stderr
 
 
 # ---- single checks

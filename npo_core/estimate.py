@@ -11,7 +11,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 FLOAT32 = 4
 TOKEN = 4 + 4 + 5
 """Bytes of a completion's token: its id, its log-probability, its text."""
-ROW = 400
+ROW = 200
 """Bytes of all else about a trajectory."""
 FILES = 64 * 1024
 """Bytes of what three Parquet files hold beside their rows, metrics and telemetry included."""

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from flows import cli_stages, cli_store, cli_views
+from flows.cli_dry_run import show_dry_run
 from flows.cli_output import Json, emit
 from flows.local_server import prefect_api
 from npo_core.interfaces import ConfigurationError, NearFutureError
@@ -38,6 +39,12 @@ Overrides = Annotated[
 def run(
     config: Annotated[str, typer.Argument(help="Configuration file (YAML).")],
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, print stages, tokens, storage and memory, and begin nothing."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Runs a whole pipeline in this process. Again: resumes. With more steps: extends.
@@ -47,7 +54,12 @@ def run(
       npo run deploy/configs/testbed-npo.yaml
 
       npo run deploy/configs/testbed-npo.yaml -s run.name=mine -s run.total_steps=200 --json
+
+      npo run deploy/configs/qwen3-8b.yaml --dry-run
     """
+    if dry_run:
+        show_dry_run(config, overrides or [], json)
+        return
     from npo_core.config_file import load_config
 
     loaded = load_config(config, overrides or [])

@@ -21,6 +21,7 @@ What lies where:
 - what is checked: redo, verify, verify_removals, findings
 - what is swept: gc, debris, inventory, retention, tombstones, leases
 - what is read and shown: views, trajectories, data_files, compare, export, report, markdown, trackers
-- sizes and durations by arithmetic: estimate, durations, model_shape
+- sizes and durations by arithmetic: estimate, durations, model_shape, known_models, plan
+- what is looked at before a run begins: dry_run, checks, run_checks, model_check, machine_check
 - interfaces between all of these, and the configuration's file: interfaces, config_file
 """

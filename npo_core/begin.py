@@ -44,7 +44,7 @@ def begin(config: Config) -> Workspace:
         # A run killed while it began has a record, but not all that the record speaks of.
         with tempfile.TemporaryDirectory(prefix="near-future-") as scratch:
             record = _freeze(config, run, Path(scratch))
-    _require_same_recipe(run, record, config)
+    require_same_recipe(run, record, config)
     keep_config(run, record, config)
     return Workspace(config, run, record)
 
@@ -76,14 +76,8 @@ def starting_model(config: Config, scratch: Path) -> Path:
     Raises:
         ConfigurationError: `model.path` or `model.start_from` names nothing that is there.
     """
-    if (source := config.model.start_from) is not None:
-        uri, step = match.groups() if (match := _AT_STEP.fullmatch(source)) else (source, None)
-        try:
-            other = open_run(uri)
-            other.record()  # says what runs there are if there is no such one
-            ref = main_line_checkpoint(other, None if step is None else int(step))
-        except NearFutureError as error:
-            raise ConfigurationError(f"model.start_from {source}: {error}") from error
+    if config.model.start_from is not None:
+        other, ref = starting_checkpoint(config.model.start_from)
         weights = other.checkout(ref, scratch / "other", weights_only=True).weights
         return merge(weights, scratch / "merged") if has_adapter(weights) else weights
     if config.model.path == "testbed":
@@ -103,6 +97,21 @@ def starting_model(config: Config, scratch: Path) -> Path:
             f"model.path {config.model.path!r} is neither `testbed`, nor a directory, nor a hub name that can be "
             f"downloaded ({type(error).__name__}); check the spelling or download it first"
         ) from error
+
+
+def starting_checkpoint(source: str) -> tuple[RunArtifacts, CheckpointRef]:
+    """The run and the checkpoint that `model.start_from` names.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    uri, step = match.groups() if (match := _AT_STEP.fullmatch(source)) else (source, None)
+    try:
+        run = open_run(uri)
+        run.record()  # says what runs there are if there is no such one
+        return run, main_line_checkpoint(run, None if step is None else int(step))
+    except NearFutureError as error:
+        raise ConfigurationError(f"model.start_from {source}: {error}") from error
 
 
 def weights_digest(model_dir: Path) -> str:
@@ -142,7 +151,7 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
         )
     )
     # Before prompts and model are written: those of a refused configuration would stand in the run's place.
-    _require_same_recipe(run, record, config)
+    require_same_recipe(run, record, config)
     run.put_prompts(prompts)
     # These two and no more: a directory may hold notes on how its own weights were made.
     for name in ("config.json", "generation_config.json"):
@@ -207,7 +216,12 @@ def _copy_weights(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _require_same_recipe(run: RunArtifacts, record: RunRecord, config: Config) -> None:
+def require_same_recipe(run: RunArtifacts, record: RunRecord, config: Config) -> None:
+    """Refuses to go on with a run under another recipe.
+
+    Raises:
+        ConfigurationError: names the fields that differ, with both values.
+    """
     # A field that is newer than the run had its default's effect when the run began.
     default = Config(run=config.run).recipe()
     differences = list(_differences(_filled(record.recipe, default), config.recipe()))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from npo_core.interfaces import ConfigurationError
 from schemas.benchmark import BenchmarkFile
-from schemas.config import Config
+from schemas.config import Config, RunSection
 
 FileT = TypeVar("FileT", bound=BaseModel)
 
@@ -25,6 +26,45 @@ def load_config(path: str | Path, overrides: Sequence[str]) -> Config:
     """
     origin = f"configuration {path}"
     return _validated(Config, read_yaml(path, origin, "sections (run:, data:, …)"), overrides, origin)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What can be read of a configuration file, right or wrong."""
+
+    config: Config
+    """With defaults in place of the wrong sections; not valid as a whole if there are faults."""
+    faults: tuple[tuple[str | None, str], ...]
+    """All that is wrong: its field, None where sections disagree, and a message with the value and the remedy."""
+    wrong: frozenset[str]
+    """The sections that are wrong by themselves."""
+
+
+def draft_config(path: str | Path, overrides: Sequence[str]) -> Draft:
+    """The same as `load_config`, going on where something is wrong: the other sections can be checked yet.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or an override sets nothing.
+    """
+    values = read_yaml(path, f"configuration {path}", "sections (run:, data:, …)")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Draft(Config.model_validate(values), (), frozenset())
+    except ValidationError as error:
+        wrong = {str(fault["loc"][0]) for fault in error.errors() if fault["loc"]} & set(Config.model_fields)
+        faults = tuple(
+            (".".join(map(str, fault["loc"])) or None, said)
+            for fault, message in zip(error.errors(), _messages(error, Config), strict=True)
+            for said in message.split("\n  ")
+        )
+    sections: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        if name in values and name not in wrong:
+            section: Any = field.annotation
+            sections[name] = TypeAdapter(section).validate_python(values[name])
+    sections.setdefault("run", RunSection(name="unnamed"))
+    return Draft(Config.model_construct(**sections), faults, frozenset(wrong))
 
 
 def load_benchmark(path: str | Path) -> BenchmarkFile:

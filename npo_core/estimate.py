@@ -9,6 +9,12 @@ from schemas.config import Config
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 FLOAT32 = 4
+TOKEN = 4 + 4 + 5
+"""Bytes of a completion's token: its id, its log-probability, its text."""
+ROW = 200
+"""Bytes of all else about a trajectory."""
+FILES = 64 * 1024
+"""Bytes of what three Parquet files hold beside their rows, metrics and telemetry included."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,8 @@ class LearnerMemory:
         return self.weights + self.gradients + self.master + self.moments
 
 
-def learner_memory(shape: ModelShape, config: Config, processes: int) -> LearnerMemory:
-    """What a process of the learner holds, on its GPU or where it is offloaded to; without LoRA.
+def learner_memory(shape: ModelShape, config: Config, processes: int, adapters: int | None = None) -> LearnerMemory:
+    """What a process of the learner holds, on its GPU or where it is offloaded to.
 
     The torch learner keeps everything in the model's type, AdamW's moments too, and no float32 weights. DeepSpeed adds
     up gradients in float32 and keeps moments in float32; stage 1 splits moments and master weights over the processes,
@@ -39,26 +45,63 @@ def learner_memory(shape: ModelShape, config: Config, processes: int) -> Learner
         shape: the model.
         config: `model`, `learner` and `deepspeed` are read.
         processes: of the learner, on all hosts together; 1 under the torch learner.
+        adapters: parameters of `model.lora`, which alone are trained; None without it.
     """
-    count, item, stage = shape.parameters, ITEM_BYTES[config.model.dtype], config.deepspeed.zero_stage
+    count, stage = _trained(shape, adapters), config.deepspeed.zero_stage
+    item, frozen = _item(config, adapters), 0 if adapters is None else shape.parameters
+    base = frozen * ITEM_BYTES[config.model.dtype]
     if config.learner.engine == "torch":
-        return LearnerMemory(count * item, count * item, 0, 2 * count * item)
-    split = count / processes
+        return LearnerMemory(base + count * item, count * item, 0, 2 * count * item)
+    split, weights = count / processes, base + count * item
     return LearnerMemory(
-        weights=item * (split if stage == 3 else count),
+        weights=weights / processes if stage == 3 else weights,
         gradients=FLOAT32 * (split if stage >= 2 else count),
         master=FLOAT32 * split if stage else 0,
         moments=2 * FLOAT32 * (split if stage else count),
     )
 
 
-def checkpoint_bytes(shape: ModelShape, config: Config) -> int:
-    """A checkpoint in the store: weights, moments, and DeepSpeed's float32 weights behind bfloat16; without LoRA."""
-    item = ITEM_BYTES[config.model.dtype]
+def checkpoint_bytes(shape: ModelShape, config: Config, adapters: int | None = None) -> int:
+    """A checkpoint in the store: weights, moments, and DeepSpeed's float32 weights behind bfloat16; with LoRA, the
+    adapters' (`adapters`: how many parameters)."""
+    count, item = _trained(shape, adapters), _item(config, adapters)
     if config.learner.engine == "torch":
-        return shape.parameters * 3 * item
-    master = FLOAT32 if config.model.dtype == "bfloat16" else 0
-    return shape.parameters * (item + 2 * FLOAT32 + master)
+        return count * 3 * item
+    master = FLOAT32 if item < FLOAT32 else 0
+    return count * (item + 2 * FLOAT32 + master)
+
+
+def rows_bytes(rows: int, prompt: int, completion: int, segments: int) -> int:
+    """Stored trajectories, at most but for compression: ids, log-probabilities and text of every token.
+
+    Args:
+        rows: trajectories.
+        prompt: tokens of a prompt.
+        completion: tokens of a completion.
+        segments: in how many places they lie, each with its metrics.
+    """
+    return rows * (ROW + 4 * prompt + TOKEN * completion) + segments * FILES
+
+
+def cache_bytes(shape: ModelShape, config: Config, prompt: int) -> int:
+    """Keys and values of all rows that transformers samples at once.
+
+    Args:
+        prompt: tokens of a prompt.
+    """
+    rollout = config.rollout
+    rows = max(rollout.group_size, min(rollout.max_rows, rollout.prompts_per_step * rollout.group_size))
+    return rows * (prompt + rollout.max_new_tokens) * shape.kv_bytes_a_token(ITEM_BYTES[config.model.dtype])
+
+
+def _trained(shape: ModelShape, adapters: int | None) -> int:
+    return shape.parameters if adapters is None else adapters
+
+
+def _item(config: Config, adapters: int | None) -> int:
+    """Bytes of a trained parameter: adapters beside bfloat16 weights are float32."""
+    own = ITEM_BYTES[config.model.dtype]
+    return own if adapters is None else max(own, FLOAT32)
 
 
 def tokens_a_step(config: Config) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -153,71 +154,76 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
+        faults = list(self._disagreements())
+        if faults:
+            raise ValueError("\n  ".join(faults))
+        return self
+
+    def _disagreements(self) -> Iterator[str]:
         every, segment = self.evaluation.every, self.run.segment_steps
         if every % segment:
-            raise ValueError(
+            yield (
                 f"evaluation.every {every} is not a multiple of run.segment_steps {segment}; only a segment's end has "
                 "a checkpoint to evaluate"
             )
         if self.rollout.prompts_per_step > self.data.prompts:
-            raise ValueError(
+            yield (
                 f"rollout.prompts_per_step {self.rollout.prompts_per_step} exceeds data.prompts {self.data.prompts}; "
                 "a step's prompts are distinct"
             )
         if self.algorithm.method == "npo" and not self.future.interventions:
-            raise ValueError("algorithm.method npo needs at least one entry in future.interventions")
+            yield ("algorithm.method npo needs at least one entry in future.interventions")
         method = self.algorithm.method
         if method != "npo" and self.future.interventions:
-            raise ValueError(
+            yield (
                 f"algorithm.method {method} takes no scheduled interventions, but future.interventions is not empty; "
                 "set algorithm.method to npo or remove the interventions"
             )
         if method == "autonpo" and self.autonpo.lookback < segment:
-            raise ValueError(
+            yield (
                 f"autonpo.lookback {self.autonpo.lookback} is shorter than run.segment_steps {segment}: there would "
                 "never be a checkpoint to roll back to; raise autonpo.lookback or lower run.segment_steps"
             )
         if self.algorithm.guide_slots >= self.rollout.group_size:
-            raise ValueError(
+            yield (
                 f"algorithm.guide_slots {self.algorithm.guide_slots} leaves no rollout of the policy in a group of "
                 f"rollout.group_size {self.rollout.group_size}; lower algorithm.guide_slots"
             )
         if self.algorithm.guide_slots > self.future.k:
-            raise ValueError(
+            yield (
                 f"algorithm.guide_slots {self.algorithm.guide_slots} exceeds future.k {self.future.k}, the answers "
                 "that a guide samples; raise future.k or lower algorithm.guide_slots"
             )
         scout_prompts = self.future.scout.prompts_per_step
         if scout_prompts is not None and scout_prompts > self.rollout.prompts_per_step:
-            raise ValueError(
+            yield (
                 f"future.scout.prompts_per_step {scout_prompts} exceeds rollout.prompts_per_step "
                 f"{self.rollout.prompts_per_step}; a scout sees a part of each batch"
             )
         if self.learner.engine == "deepspeed":
-            self._require_deepspeed_can()
+            yield from self._beyond_deepspeed()
         if "rollout" in self.vllm.samples and self.vllm.url is not None:
-            raise ValueError(
+            yield (
                 f"vllm.samples holds rollout, but the server at vllm.url {self.vllm.url} takes no new weights after a "
                 "step; take rollout out, or vllm.url"
             )
         for intervention in self.future.interventions:
             if intervention.stop > self.run.total_steps:
-                raise ValueError(
+                yield (
                     f"the window [{intervention.start}, {intervention.stop}) ends after run.total_steps "
                     f"{self.run.total_steps}; raise run.total_steps or shorten the window"
                 )
-        return self
 
-    def _require_deepspeed_can(self) -> None:
+    def _beyond_deepspeed(self) -> Iterator[str]:
         if self.model.dtype == "float64":
-            raise ValueError("model.dtype float64 is not DeepSpeed's; use float32, or learner.engine torch")
+            yield ("model.dtype float64 is not DeepSpeed's; use float32, or learner.engine torch")
         if self.model.dtype == "bfloat16" and self.deepspeed.zero_stage == 0:
-            raise ValueError(
+            yield (
                 "deepspeed.zero_stage 0 with model.dtype bfloat16 is not supported: its float32 weights could not be "
                 "saved; use zero_stage 1 to 3, or float32"
             )
         if ":" in self.learner.device:
-            raise ValueError(
+            yield (
                 f"learner.device {self.learner.device} names one GPU, but each rank of learner.engine deepspeed takes "
                 "its own; use cuda, and CUDA_VISIBLE_DEVICES to choose"
             )

@@ -205,6 +205,12 @@ def test_sections_that_disagree_are_told_with_both_values(load: Any, overrides: 
     assert said in refusal(load, *overrides)
 
 
+def test_all_disagreements_are_told_at_once(load: Any) -> None:
+    message = refusal(load, "evaluation.every=15", "data.prompts=8", "run.total_steps=39")
+    for said in ("evaluation.every 15", "rollout.prompts_per_step 32", "the window [20, 40)"):
+        assert f"\n  {said}" in message
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from npo_core.interfaces import NearFutureError
+from npo_core.known_models import known_model
 from npo_core.model_shape import model_shape
 
 TEXT = {
@@ -69,6 +70,15 @@ def test_the_count_is_the_real_models(architecture: Any, config: Any) -> None:
 
 def test_a_token_of_an_8b_model_takes_144_kib_of_kv_cache() -> None:
     assert model_shape(Qwen3Config(**QWEN3_8B).to_dict()).kv_bytes_a_token(2) == 144 * 1024
+
+
+def test_published_sizes_are_those_of_the_models_on_the_hub() -> None:
+    # Safetensors' totals in the index files of both models, two bytes a parameter.
+    for name, size in (("Qwen/Qwen3-8B", 16_381_470_720), ("Qwen/Qwen3-VL-8B-Instruct", 17_534_247_392)):
+        known = known_model(name)
+        assert known is not None
+        assert 2 * model_shape(known.to_dict()).parameters == size
+    assert known_model("Qwen/Qwen3-9B") is None
 
 
 def test_another_kind_of_model_is_not_guessed() -> None:

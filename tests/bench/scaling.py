@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import Qwen3VLConfig
-
 from npo_core.durations import Hardware, files_s, sampling_s, scoring_s, update_s
 from npo_core.estimate import ITEM_BYTES, checkpoint_bytes, learner_memory, tokens_a_step
+from npo_core.known_models import known_model
 from npo_core.model_shape import ModelShape, model_shape
 from schemas.config import Config
 from tests.bench.output import markdown
@@ -22,16 +21,7 @@ HELD_OUT = 192
 
 def qwen3_vl_8b() -> ModelShape:
     """Qwen3-VL-8B's sizes."""
-    text = {
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    }
-    return model_shape(Qwen3VLConfig(text_config=text, vision_config={"out_hidden_size": 4096}).to_dict())
+    return model_shape(known_model("Qwen/Qwen3-VL-8B-Instruct").to_dict())
 
 
 def config(engine: str, stage: int) -> Config:

@@ -12,9 +12,9 @@ from rich.console import Console
 from flows.cli_stages import _signal_table
 from npo_core.artifacts import RunArtifacts, main_line_checkpoints, open_run
 from npo_core.interfaces import ConfigurationError, NearFutureError
-from npo_core.verifiers.kinds import load_verifier
 from npo_core.report.decisions import ESTIMATORS
 from npo_core.signal_study import grid
+from npo_core.verifiers.kinds import load_verifier
 from npo_core.verify import verify_run
 from npo_core.workspace import Workspace
 from schemas import layout

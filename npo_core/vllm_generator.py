@@ -16,7 +16,7 @@ import numpy as np
 from npo_core.interfaces import FinishReason, LocalCheckpoint, NearFutureError, Rollouts, SamplingParams, StreamKey
 from npo_core.policy import Policy
 from npo_core.streams import philox, row_seed
-from npo_core.weight_sync import Agreement, Sync, compare, synchronize
+from npo_core.weight_sync import Agreement, Probe, Sync, synchronize
 
 PROBE_PROMPTS, PROBE_LENGTH = 8, 12
 
@@ -68,6 +68,8 @@ class VllmGenerator:
         self.temperature, self.tolerance, self.in_place = temperature, tolerance, in_place
         # The weights that adapters lie beside, which never change, and the engine's adapter.
         self._beside: tempfile.TemporaryDirectory[str] | None = None
+        # The last probe of the engine as it is: an update in place has to change its answers.
+        self._probed: Probe | None = None
 
     def load(self, checkpoint: LocalCheckpoint) -> None:
         """See `Generator.load`.
@@ -136,11 +138,15 @@ class VllmGenerator:
         self.engine.close()
 
     def _sync(self, weights: Path) -> None:
-        def anew() -> None:
-            self.engine.close()
+        def start() -> None:
+            self._probed = None
             self.engine.fresh(weights)
 
-        fresh = Sync("a fresh engine", lambda: self.engine.fresh(weights))
+        def anew() -> None:
+            self.engine.close()
+            start()
+
+        fresh = Sync("a fresh engine", start)
         again = Sync("a fresh engine in a fresh process", anew)
         ways = [fresh, again]
         if self.in_place and self.engine.started:
@@ -148,12 +154,17 @@ class VllmGenerator:
         synchronize(ways, self.probe, self.tolerance)
 
     def probe(self) -> Agreement:
-        """Samples from the engine, after prompts of random tokens, and compares with the policy's forward."""
+        """Samples from the engine, after prompts of random tokens, and compares with the policy's forward and with the
+        engine's answers of the last time."""
         vocabulary = self.policy.model.config.vocab_size
         prompts = list(philox("probe").integers(0, vocabulary, (PROBE_PROMPTS, PROBE_LENGTH)).astype(np.int32))
         params = SamplingParams(self.temperature, PROBE_LENGTH, ())
         ids, logprobs = self.engine.sample(prompts, params, range(len(prompts)))
-        return compare(logprobs, self.policy.log_probs(prompts, ids, self.temperature)[0])
+        before, self._probed = (
+            self._probed,
+            Probe(ids, logprobs, self.policy.log_probs(prompts, ids, self.temperature)[0]),
+        )
+        return self._probed.agreement(before)
 
 
 class VllmRollouts:

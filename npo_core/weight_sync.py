@@ -1,13 +1,15 @@
 """The guard of a weight sync: an engine that was given weights must give the trainer's log-probabilities.
 
-An engine may report success and keep its old weights: vLLM's `reload_weights` does, on CPUs.
+An engine may report success and keep its old weights: vLLM's `reload_weights` does, on CPUs. One step moves the policy
+by less than bfloat16's rounding sets engine and trainer apart, so a tolerance alone would pass weights that are a step
+old. But an engine which kept its weights answers the same probe with the same bits.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,13 +26,52 @@ class Agreement:
     mean: float
     """Mean absolute difference; NaN or infinite if a log-probability is."""
     largest: float
+    kept: bool = False
+    """Whether the engine answered as it did before its update, to the bit, while the trainer's policy moved."""
 
     def within(self, tolerance: float) -> bool:
-        """Whether the mean is at most this. A difference that is not finite never is."""
-        return self.mean <= tolerance
+        """Whether the engine moved with the trainer, and the mean is at most this. A difference that is not finite
+        never is."""
+        return self.mean <= tolerance and not self.kept
 
     def __str__(self) -> str:
-        return f"mean |Δ log p| {self.mean:.2e}, largest {self.largest:.2e} over {self.tokens} tokens"
+        figures = f"mean |Δ log p| {self.mean:.2e}, largest {self.largest:.2e} over {self.tokens} tokens"
+        return figures + (", and its answers are those of before, though the policy moved" if self.kept else "")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An engine's answers to fixed prompts under fixed seeds, with the trainer's view of them."""
+
+    ids: Sequence[np.ndarray]
+    engine: Sequence[np.ndarray]
+    """Log-probabilities by the engine that sampled them, a row an answer."""
+    trainer: Sequence[np.ndarray]
+    """Of the same tokens by the trainer."""
+
+    def agreement(self, before: Probe | None) -> Agreement:
+        """How far engine and trainer are apart.
+
+        Args:
+            before: of the same engine before an update in place; None for a fresh engine.
+        """
+        kept = (
+            before is not None
+            and _equal(before.ids, self.ids)
+            and _equal(before.engine, self.engine)
+            and not _equal(before.trainer, self.trainer)
+        )
+        return replace(compare(self.engine, self.trainer), kept=kept)
+
+
+def compare(engine: Sequence[np.ndarray], trainer: Sequence[np.ndarray]) -> Agreement:
+    """The agreement on the same tokens, rows of the same lengths."""
+    differences = np.abs(np.concatenate(engine).astype(np.float64) - np.concatenate(trainer).astype(np.float64))
+    return Agreement(len(differences), float(differences.mean()), float(differences.max()))
+
+
+def _equal(before: Sequence[np.ndarray], now: Sequence[np.ndarray]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(before, now, strict=True))
 
 
 @dataclass(frozen=True)
@@ -40,12 +81,6 @@ class Sync:
     name: str
     """In words."""
     run: Callable[[], None]
-
-
-def compare(engine: Sequence[np.ndarray], trainer: Sequence[np.ndarray]) -> Agreement:
-    """The agreement on the same tokens, rows of the same lengths."""
-    differences = np.abs(np.concatenate(engine).astype(np.float64) - np.concatenate(trainer).astype(np.float64))
-    return Agreement(len(differences), float(differences.mean()), float(differences.max()))
 
 
 def synchronize(ways: Sequence[Sync], probe: Callable[[], Agreement], tolerance: float) -> Agreement:

@@ -116,6 +116,25 @@ def test_a_completion_that_has_no_room_is_told_as_such(started: VllmGenerator) -
         started.sample(prompts_of([20]), 1, long, keys(1, 1))
 
 
+def test_weights_a_small_step_old_are_caught_within_a_tolerance_that_would_pass_them(
+    started: VllmGenerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in bfloat16, whose rounding is larger than a step: the engine's unchanged answers give it away."""
+    policy = started.policy
+    loose = VllmGenerator(started.engine, policy, PARAMS.temperature, 0.05, in_place=True)
+    assert loose.probe().within(TOLERANCE)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1 + 1e-4)
+    policy.save_weights(tmp_path / "weights")
+    with caplog.at_level("INFO", "npo"):
+        loose.load(checkpoint(tmp_path, 1))
+    said = [record.getMessage() for record in caplog.records]
+    assert any("an update in place" in line and "its answers are those of before" in line for line in said)
+    assert any("by a fresh engine in a fresh process" in line for line in said)
+    assert loose.probe().within(TOLERANCE)
+
+
 def test_a_reload_in_place_that_keeps_the_old_weights_is_caught(
     started: VllmGenerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from npo_core.interfaces import NearFutureError
-from npo_core.weight_sync import Agreement, Sync, compare, synchronize
+from npo_core.weight_sync import Agreement, Probe, Sync, compare, synchronize
 
 GOOD, BAD = Agreement(10, 1e-6, 1e-5), Agreement(10, 0.7, 2.0)
 
@@ -25,6 +25,29 @@ def test_the_agreement_is_over_tokens_not_rows() -> None:
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_what_is_not_finite_never_agrees(bad: float) -> None:
     assert not compare(rows([bad, -1.0]), rows([-1.0, -1.0])).within(1e9)
+
+
+IDS = [np.array([3, 1], np.int32)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "engine", "trainer", "kept"),
+    [
+        (IDS, rows([-1.0, -2.0]), rows([-1.001, -2.0]), True),
+        (IDS, rows([-1.0, -2.0]), rows([-1.0, -2.0]), False),
+        (IDS, rows([-1.0, -2.001]), rows([-1.001, -2.0]), False),
+        ([np.array([3, 2], np.int32)], rows([-1.0, -2.0]), rows([-1.001, -2.0]), False),
+    ],
+    ids=["kept its weights", "no weights changed", "moved too", "sampled other tokens"],
+)
+def test_an_engine_that_answers_as_before_kept_its_weights_if_the_policy_moved(
+    ids: list[np.ndarray], engine: list[np.ndarray], trainer: list[np.ndarray], kept: bool
+) -> None:
+    before = Probe(IDS, rows([-1.0, -2.0]), rows([-1.0, -2.0]))
+    now = Probe(ids, engine, trainer)
+    assert now.agreement(before).kept == kept
+    assert now.agreement(before).within(0.05) != kept
+    assert now.agreement(None).within(0.05), "a fresh engine has no answers of before"
 
 
 def ways(tried: list[str]) -> list[Sync]:

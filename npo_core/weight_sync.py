@@ -1,8 +1,9 @@
 """The guard of a weight sync: an engine that was given weights must give the trainer's log-probabilities.
 
-An engine may report success and keep its old weights: vLLM's `reload_weights` does, on CPUs. One step moves the policy
-by less than bfloat16's rounding sets engine and trainer apart, so a tolerance alone would pass weights that are a step
-old. But an engine which kept its weights answers the same probe with the same bits.
+An engine may report success and keep old weights: vLLM's `reload_weights` keeps those of the linear layers, on CPUs.
+One step may move the policy by less than the tolerance, so a tolerance alone would pass weights that are a step old.
+Hence an update in place has to do better: agree about as well as the fresh engine did, and change the engine's answers
+if the policy's changed.
 """
 
 from __future__ import annotations
@@ -81,15 +82,16 @@ class Sync:
     name: str
     """In words."""
     run: Callable[[], None]
+    tolerance: float
+    """Largest mean difference of the probe's log-probabilities after it, in nats a token."""
 
 
-def synchronize(ways: Sequence[Sync], probe: Callable[[], Agreement], tolerance: float) -> Agreement:
+def synchronize(ways: Sequence[Sync], probe: Callable[[], Agreement]) -> Agreement:
     """Syncs by the first way after which the probe agrees.
 
     Args:
         ways: tried in order, the cheapest first.
         probe: compares engine and trainer as they are now.
-        tolerance: see `Agreement.within`.
 
     Raises:
         NearFutureError: it agrees after none; names every way's figures.
@@ -103,13 +105,13 @@ def synchronize(ways: Sequence[Sync], probe: Callable[[], Agreement], tolerance:
             failed.append(f"{way.name}: {error}")
             logger.warning("the engine could not be given the weights by %s", failed[-1])
             continue
-        if agreement.within(tolerance):
+        if agreement.within(way.tolerance):
             logger.info("the engine holds the trainer's weights, by %s: %s", way.name, agreement)
             return agreement
-        failed.append(f"{way.name}: {agreement}")
-        logger.warning("the engine does not hold the trainer's weights after %s (tolerance %g)", failed[-1], tolerance)
+        failed.append(f"{way.name}: {agreement}, tolerance {way.tolerance:.1e}")
+        logger.warning("the engine does not hold the trainer's weights after %s", failed[-1])
     raise NearFutureError(
-        f"the engine does not hold the trainer's weights ({'; '.join(failed)}; vllm.tolerance {tolerance:g}), so "
-        "it samples from another policy; raise vllm.tolerance only if the engine's arithmetic explains the difference, "
-        "or let transformers sample (vllm.samples)"
+        f"the engine does not hold the trainer's weights ({'; '.join(failed)}), so it samples from another policy; "
+        "raise vllm.tolerance only if the engine's arithmetic explains the difference, or let transformers sample "
+        "(vllm.samples)"
     )

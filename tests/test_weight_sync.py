@@ -51,29 +51,41 @@ def test_an_engine_that_answers_as_before_kept_its_weights_if_the_policy_moved(
 
 
 def ways(tried: list[str]) -> list[Sync]:
-    return [Sync(name, lambda name=name: tried.append(name)) for name in ("in place", "fresh")]  # type: ignore[misc]
+    return [
+        Sync(name, lambda name=name: tried.append(name), tolerance)  # type: ignore[misc]
+        for name, tolerance in (("in place", 1e-5), ("fresh", 1e-4))
+    ]
 
 
 def test_the_first_way_that_agrees_is_the_last() -> None:
     tried: list[str] = []
-    assert synchronize(ways(tried), lambda: GOOD, 1e-4) == GOOD
+    assert synchronize(ways(tried), lambda: GOOD) == GOOD
     assert tried == ["in place"]
+
+
+def test_each_way_has_a_tolerance_of_its_own() -> None:
+    tried: list[str] = []
+    between = Agreement(10, 5e-5, 1e-4)
+    assert synchronize(ways(tried), lambda: between) == between
+    assert tried == ["in place", "fresh"]
 
 
 def test_after_a_sync_that_changed_nothing_comes_the_next_way() -> None:
     tried: list[str] = []
-    assert synchronize(ways(tried), lambda: GOOD if "fresh" in tried else BAD, 1e-4) == GOOD
+    assert synchronize(ways(tried), lambda: GOOD if "fresh" in tried else BAD) == GOOD
     assert tried == ["in place", "fresh"]
 
 
 def test_when_no_way_agrees_the_figures_of_all_are_told() -> None:
     tried: list[str] = []
     with pytest.raises(NearFutureError) as raised:
-        synchronize(ways(tried), lambda: BAD, 1e-4)
+        synchronize(ways(tried), lambda: BAD)
     said = str(raised.value)
     assert tried == ["in place", "fresh"]
     assert said.count("7.00e-01") == 2
-    assert all(word in said for word in ("in place", "fresh", "vllm.tolerance 0.0001"))
+    assert all(
+        word in said for word in ("in place", "fresh", "tolerance 1.0e-05", "tolerance 1.0e-04", "vllm.tolerance")
+    )
 
 
 def test_a_way_that_fails_is_followed_by_the_next_and_told_if_none_is_left() -> None:
@@ -82,8 +94,8 @@ def test_a_way_that_fails_is_followed_by_the_next_and_told_if_none_is_left() -> 
     def fail() -> None:
         raise NearFutureError("no memory")
 
-    failing = Sync("in place", fail)
-    assert synchronize([failing, *ways(tried)[1:]], lambda: GOOD, 1e-4) == GOOD
+    failing = Sync("in place", fail, 1e-4)
+    assert synchronize([failing, *ways(tried)[1:]], lambda: GOOD) == GOOD
     assert tried == ["fresh"]
     with pytest.raises(NearFutureError, match="in place: no memory; fresh: mean"):
-        synchronize([failing, *ways(tried)[1:]], lambda: BAD, 1e-4)
+        synchronize([failing, *ways(tried)[1:]], lambda: BAD)

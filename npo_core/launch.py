@@ -37,31 +37,32 @@ def hosts(section: DeepSpeedSection) -> list[str]:
         ConfigurationError: it cannot be read, a line is wrong, or a host is named twice or has fewer slots than
             `deepspeed.ranks`.
     """
-    path = _path(section)
+    path, named = _path(section), f"deepspeed.hostfile {section.hostfile}"
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise ConfigurationError(f"deepspeed.hostfile {path} cannot be read: {error.strerror}") from error
+        raise ConfigurationError(
+            f"{named} cannot be read: {error.strerror}: {path}; write lines `HOST slots=N` there"
+        ) from error
     found = []
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()
         if not words:
             continue
         if len(words) != 2 or not words[1].removeprefix("slots=").isdigit() or not words[1].startswith("slots="):
-            raise ConfigurationError(f"deepspeed.hostfile {path}, line {number}: {line!r} is not `HOST slots=N`")
+            raise ConfigurationError(f"{named}, line {number}: {line!r} is not `HOST slots=N`")
         if int(words[1].removeprefix("slots=")) < section.ranks:
             raise ConfigurationError(
-                f"deepspeed.hostfile {path}, line {number}: {words[0]} has {words[1]}, fewer than deepspeed.ranks "
+                f"{named}, line {number}: {words[0]} has {words[1]}, fewer than deepspeed.ranks "
                 f"{section.ranks}; lower deepspeed.ranks"
             )
         if words[0] in found:
             raise ConfigurationError(
-                f"deepspeed.hostfile {path}, line {number}: {words[0]} is named twice; give each host one line, with "
-                "all its slots"
+                f"{named}, line {number}: {words[0]} is named twice; give each host one line, with all its slots"
             )
         found.append(words[0])
     if not found:
-        raise ConfigurationError(f"deepspeed.hostfile {path} names no host; write lines `HOST slots=N`")
+        raise ConfigurationError(f"{named} names no host; write lines `HOST slots=N`")
     return found
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from npo_core.deepspeed_rank import LAUNCHER
 from npo_core.interfaces import ConfigurationError
 from schemas.deepspeed import DeepSpeedSection
 
-WORKER = "npo_core.deepspeed_worker"
+RANK = "npo_core.deepspeed_rank"
 
 
 def launch_command(section: DeepSpeedSection, session: Path) -> list[str]:
@@ -16,18 +17,20 @@ def launch_command(section: DeepSpeedSection, session: Path) -> list[str]:
 
     Args:
         section: ranks and hostfile.
-        session: what the worker is given.
+        session: what a rank is given.
 
     Raises:
         ConfigurationError: the hostfile is missing or wrong.
     """
     if section.hostfile is None:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*torchrun, f"--nproc_per_node={section.ranks}", "--module", WORKER, str(session)]
+        # The shell becomes torchrun and keeps its process id, by which a rank knows whether torchrun is still there.
+        shell = ["/bin/sh", "-c", f'export {LAUNCHER}=$$; exec "$@"', "sh"]
+        return [*shell, *torchrun, f"--nproc_per_node={section.ranks}", "--module", RANK, str(session)]
     first = hosts(section)[0]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={_path(section)}"]
     options = [f"--num_gpus={section.ranks}", f"--master_addr={first}", "--no_local_rank", "--module"]
-    return [*launcher, *options, WORKER, str(session)]
+    return [*launcher, *options, RANK, str(session)]
 
 
 def hosts(section: DeepSpeedSection) -> list[str]:

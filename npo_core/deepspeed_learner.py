@@ -31,6 +31,9 @@ from schemas.config import Config
 
 logger = logging.getLogger("npo")
 
+LOOK_S = 2.0
+"""How often a wait looks whether the launcher still runs."""
+
 
 class DeepSpeedLearner:
     """Updates a policy in processes of its own, which start with the first `load`.
@@ -152,11 +155,14 @@ class Group:
             selector.register(readable, selectors.EVENT_READ)
             selector.register(self._process.output, selectors.EVENT_READ)
             while True:
-                ready = [key.fileobj for key, _ in selector.select()]
+                ready = [key.fileobj for key, _ in selector.select(LOOK_S)]
                 if self._process.output in ready and not self._pass_on():
                     raise self._failure()
                 if readable in ready:
                     return
+                # The output ends with the last process that has it, which need not be the launcher.
+                if not ready and self.ended:
+                    raise self._failure()
 
     def _pass_on(self) -> bool:
         """Logs what the ranks have printed; False if they will print no more."""
@@ -173,7 +179,7 @@ class Group:
         """What went wrong, after the last line of the log."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.output, selectors.EVENT_READ)
-            while selector.select() and self._pass_on():
+            while selector.select(LOOK_S) and self._pass_on():
                 pass
         failures = [json.loads(path.read_text()) for path in self.session.glob(FAILURE.format("*"))]
         # A rank that is left alone fails too, for the others are gone: the launcher knows whose end came first.

@@ -30,7 +30,7 @@ class VllmSection(Section):
     gpu_memory_utilization: float = Field(0.3, gt=0, le=1)
     """Share of the GPU's memory that vLLM takes beside the trainer."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs that share the model."""
+    """GPUs that share the model: `learner.device` and those after it."""
     enforce_eager: bool = True
     """No CUDA graphs: slower to sample, faster to start."""
     lora: Literal["merged", "adapter"] = "merged"

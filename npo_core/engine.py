@@ -36,8 +36,10 @@ class Engine:
 
     def close(self) -> None:
         """Ends the processes that were started for it."""
-        self.frozen.close()
-        self.learner.close()
+        try:
+            self.frozen.close()
+        finally:
+            self.learner.close()
 
     @classmethod
     def build(

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from schemas.section import Section
-from schemas.urls import without_credentials
+from schemas.urls import plain_address
 
 
 class VllmSection(Section):
@@ -42,5 +42,5 @@ class VllmSection(Section):
 
     @field_validator("url")
     @classmethod
-    def _no_credentials(cls, value: str | None) -> str | None:
-        return value if value is None else without_credentials(value)
+    def _is_plain_address(cls, value: str | None) -> str | None:
+        return value if value is None else plain_address(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 from npo_core.interfaces import ConfigurationError, NearFutureError, StreamKey
 from npo_core.streams import row_seed
 from npo_core.vllm_process import VllmProcess, visible_devices
-from npo_core.vllm_served import VllmServed
 from schemas.vllm import VllmSection
 
 
@@ -72,14 +70,6 @@ def test_its_process_is_told_the_device(tmp_path: Path, monkeypatch: pytest.Monk
     process = VllmProcess(VllmSection(python=str(telling)), "float32", "cuda:1")
     with pytest.raises(NearFutureError, match=r"sees 5\."):
         process.fresh(tmp_path)
-
-
-def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(NearFutureError, match=rf"vllm\.url {url}/v1/models does not answer"):
-            VllmServed(url).fresh(tmp_path)
 
 
 def test_a_rows_seed_is_its_keys_alone_and_fits_64_bits() -> None:

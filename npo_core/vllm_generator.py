@@ -81,6 +81,7 @@ class VllmGenerator:
 
         Raises:
             NearFutureError: the engine does not hold these weights, even after it was started anew.
+            FloatingPointError: they hold NaN or inf.
         """
         self.policy.load_weights(checkpoint.weights)
         if self.policy.lora:
@@ -92,7 +93,7 @@ class VllmGenerator:
         """Gives the engine the policy's weights as they are now, by files.
 
         Raises:
-            NearFutureError: see `load`.
+            NearFutureError, FloatingPointError: see `load`.
         """
         if self.policy.lora and not self.merges:
             if self._beside is None:
@@ -140,9 +141,16 @@ class VllmGenerator:
 
     def close(self) -> None:
         """See `Generator.close`."""
-        self.engine.close()
+        try:
+            self.engine.close()
+        finally:
+            if self._beside is not None:
+                self._beside.cleanup()
+                self._beside = None
 
     def _sync(self, weights: Path) -> None:
+        require_finite(self.policy)
+
         def start() -> None:
             self._probed, self._rounding = None, math.inf
             self.engine.fresh(weights)
@@ -173,6 +181,20 @@ class VllmGenerator:
             Probe(ids, logprobs, self.policy.log_probs(prompts, ids, self.temperature)[0]),
         )
         return self._probed.agreement(before)
+
+
+def require_finite(policy: Policy) -> None:
+    """Refuses weights that no engine could be shown to hold.
+
+    Raises:
+        FloatingPointError: names the first parameter that holds NaN or inf.
+    """
+    for name, parameter in policy.model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise FloatingPointError(
+                f"the policy's weights hold NaN or inf, in {name}; start from a sound checkpoint, and lower "
+                "learner.learning_rate if it diverged"
+            )
 
 
 class VllmRollouts:

@@ -316,17 +316,19 @@ def test_only_what_changes_the_numbers_is_in_the_recipe(load: Any) -> None:
         assert same == (path in NO_RECIPE), path
 
 
+@pytest.mark.parametrize("field", ["run.public_url", "vllm.url"])
 @pytest.mark.parametrize("url", ["https://runs.example/store", "http://127.0.0.1:8080"])
-def test_a_public_url_is_an_address_for_browsers(load: Any, url: str) -> None:
-    assert load(BASE, f"run.public_url={url}").run.public_url == url
+def test_a_servers_url_is_a_plain_address(load: Any, field: str, url: str) -> None:
+    assert dict(leaves(load(BASE, f"{field}={url}")))[field] == url
 
 
+@pytest.mark.parametrize("field", ["run.public_url", "vllm.url"])
 @pytest.mark.parametrize(
     "url", ["s3://bucket", "runs.example", "https://me:secret@runs.example", "https://runs.example/?token=secret"]
 )
-def test_any_other_public_url_is_refused(load: Any, url: str) -> None:
+def test_any_other_url_of_a_server_is_refused(load: Any, field: str, url: str) -> None:
     with pytest.raises(
-        ConfigurationError, match=r"run\.public_url.*give http\(s\)://HOST/PATH without user"
+        ConfigurationError, match=rf"{re.escape(field)}.*give http\(s\)://HOST/PATH without user"
     ) as refused:
-        load(BASE, f"run.public_url={url}")
+        load(BASE, f"{field}={url}")
     assert "secret" not in str(refused.value)

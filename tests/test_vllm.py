@@ -52,7 +52,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory, policy: Policy) -> Iterator[VllmGenerator]:
     """A generator that holds the policy."""
-    generator = VllmGenerator(VllmProcess(SETTINGS, "float32"), policy, 0.8, TOLERANCE, in_place=False)
+    generator = VllmGenerator(VllmProcess(SETTINGS, "float32", "cpu"), policy, 0.8, TOLERANCE, in_place=False)
     path = tmp_path_factory.mktemp("checkpoint")
     policy.save_weights(path / "weights")
     generator.load(checkpoint(path))

@@ -196,6 +196,11 @@ class Config(Section):
             )
         if self.learner.engine == "deepspeed":
             yield from self._beyond_deepspeed()
+        if self.vllm.samples and self.vllm.url is None and (self.vllm.dtype or self.model.dtype) == "float64":
+            yield (
+                f"model.dtype float64 is none of vLLM's, and vllm.samples holds {', '.join(self.vllm.samples)}; set "
+                "vllm.dtype to float32, or leave vllm.samples empty"
+            )
         if "rollout" in self.vllm.samples and self.vllm.url is not None:
             yield (
                 f"vllm.samples holds rollout, but the server at vllm.url {self.vllm.url} takes no new weights after a "

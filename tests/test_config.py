@@ -199,10 +199,18 @@ def test_a_required_key_is_named(load: Any) -> None:
         (["algorithm.method=grpo"], "set algorithm.method to npo or remove the interventions"),
         (["future.interventions.0.window=21"], "starts inside the window [0, 21) of the one before it"),
         (["run.total_steps=39"], "the window [20, 40) ends after run.total_steps 39; raise run.total_steps"),
+        (
+            ["model.dtype=float64", "vllm.samples=[guide]"],
+            "model.dtype float64 is none of vLLM's, and vllm.samples holds guide; set vllm.dtype to float32",
+        ),
     ],
 )
 def test_sections_that_disagree_are_told_with_both_values(load: Any, overrides: list[str], said: str) -> None:
     assert said in refusal(load, *overrides)
+
+
+def test_float64_is_sampled_by_vllm_in_another_type(load: Any) -> None:
+    assert load(BASE, "model.dtype=float64", "vllm.samples=[guide]", "vllm.dtype=float32").vllm.samples == ("guide",)
 
 
 def test_all_disagreements_are_told_at_once(load: Any) -> None:

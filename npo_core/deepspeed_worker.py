@@ -75,6 +75,9 @@ def serve(session: Path) -> None:
     torch.use_deterministic_algorithms(device.type == "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Inference alone uses it. It would be compiled here, under a lock that a rank killed meanwhile leaves to all later
+    # ones, which then wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(device.type == "cuda")
     worker = Worker(config, ranks)

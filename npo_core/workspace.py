@@ -25,7 +25,7 @@ from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
 from npo_core.interfaces import Generator, LocalCheckpoint, NearFutureError, Prompt, Verdict, Verifier
 from npo_core.policy import Policy, choose_device, device_name
-from npo_core.prompts import PromptTable, encode
+from npo_core.prompts import PromptTable, counter, encode
 from npo_core.rows import EVERY_ROW, Where, read_rows
 from npo_core.run_config import configure
 from npo_core.segment import LegContext
@@ -137,7 +137,11 @@ class Workspace:
 
     def encode(self, prompt: Prompt) -> np.ndarray:
         """Token ids of a prompt, int32 [L]."""
-        return encode(self.tokenizer, prompt)
+        return encode(self.tokenizer, prompt, self.config.chat)
+
+    def tokens(self, prompt: Prompt) -> int:
+        """Tokens of a prompt; see `counter`."""
+        return counter(self.tokenizer, self.config.chat)(prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion without the token that ended it; a verifier sees all other special tokens."""

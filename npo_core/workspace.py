@@ -30,6 +30,7 @@ from npo_core.rows import EVERY_ROW, Where, read_rows
 from npo_core.run_config import configure
 from npo_core.segment import LegContext
 from npo_core.shards import sampling_config
+from npo_core.stops import Stops
 from npo_core.verifiers.kinds import load_verifier
 from npo_core.vllm_version import sampler_name
 from schemas import tables
@@ -135,6 +136,11 @@ class Workspace:
             ids |= set(eos) if isinstance(eos, list) else {eos}
         return tuple(sorted(i for i in ids if i is not None))
 
+    @cached_property
+    def stops(self) -> Stops | None:
+        """Texts that end a completion too."""
+        return Stops.of(self.config.chat.stop, self.tokenizer)
+
     def encode(self, prompt: Prompt) -> np.ndarray:
         """Token ids of a prompt, int32 [L]."""
         return encode(self.tokenizer, prompt, self.config.chat)
@@ -226,6 +232,7 @@ class Workspace:
             guide=guide,
             weights_digest=weights_digest,
             monitor=monitor or MonitorState(),
+            stops=self.stops,
         )
 
     def guide(self, guide_id: str, prompts: Collection[str]) -> GuideTrajectories | None:
@@ -259,7 +266,7 @@ class Workspace:
             yield self.run.checkout(ref, Path(directory), weights_only=weights_only)
 
     def _build(self, model_dir: Path) -> Engine:
-        engine = Engine.build(self.config, model_dir, self._starting_policy)
+        engine = Engine.build(self.config, model_dir, self._starting_policy, self.model_dir)
         # What runs in a process of its own, on a GPU perhaps, ends with the workspace.
         weakref.finalize(self, engine.close)
         return engine

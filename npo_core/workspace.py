@@ -123,6 +123,11 @@ class Workspace:
         return self.run.checkout_model(self.scratch / "model")
 
     @cached_property
+    def model_config(self) -> Any:
+        """transformers' configuration of the run's model."""
+        return transformers.AutoConfig.from_pretrained(self.model_dir, local_files_only=True)
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The run's tokenizer."""
         return transformers.AutoTokenizer.from_pretrained(self.model_dir, local_files_only=True)

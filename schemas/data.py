@@ -50,7 +50,7 @@ class ColumnsSection(Section):
     the letter, as verifier.kind `choice` wants it; a row without choices keeps its text."""
     choices: str | tuple[str, ...] | None = None
     """What there is to choose from: a column with a list (or a list written as text), or one column a choice. Below the
-    question they are lettered lines, `A. …`; an empty one counts as absent."""
+    question they are lettered lines, `A. …`; an empty last one, and in columns `nan`, counts as absent."""
     id: str | None = Field(None, min_length=1)
     """The row's own name, unique. None: a digest of the prompt."""
     task: str | None = Field(None, min_length=1)

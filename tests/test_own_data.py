@@ -143,6 +143,9 @@ def test_a_benchmark_brings_its_own_rows_columns_and_verifier(tmp_path: Path, mo
         assert (right.correct, wrong.correct) == (True, False)
     finally:
         opened.verifier.close()
+    long = file.model_copy(update={"max_new_tokens": 250})
+    with pytest.raises(ConfigurationError, match=r"benchmark choices: the longest prompt.* exceed the model's 256 pos"):
+        open_benchmark(long, workspace.config, workspace.tokens, workspace.model_config)
     path.write_text("no row")
     with pytest.raises(ConfigurationError, match=r"benchmark choices: 1 of the 1 rows .* cannot be used"):
         open_benchmark(file, workspace.config, workspace.tokens)

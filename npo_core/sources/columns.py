@@ -147,7 +147,8 @@ class ColumnMap:
             if isinstance(given, str):
                 given = _listed(given, named)
         else:
-            given = [value_of(values, name) if name in values else None for name in named]
+            # What tables of such columns have where there is no choice.
+            given = [None if (value := values.get(name)) == "nan" else value for name in named]
         if given is None:
             return []
         if not isinstance(given, list):

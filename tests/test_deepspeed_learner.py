@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tests.test_learner import RATE, batch, config
 from tests.test_sampling_correction import perturbed
 from tests.tiny import VOCAB, tiny_policy
 
-pytestmark = [pytest.mark.engines, pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="no DeepSpeed")]
+pytestmark = pytest.mark.engines
 
 TOLERANCE = 2e-6
 """Relative L2 distance of weights after six steps: float32 sums in another order."""
@@ -190,10 +190,28 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
     with deepspeed(tmp_path / "ours", settings_) as ours:
         ours.load(first, RATE)
         group = processes(ours)
-        next(p for p in group if "deepspeed_worker" in shown(p) and p.environ().get("RANK") == "1").kill()
+        next(p for p in group if "deepspeed_rank" in shown(p) and p.environ().get("RANK") == "1").kill()
         with pytest.raises(NearFutureError, match=r"rank 1 of 2 was ended from outside \(exit code -9\)"):
             steps(ours, 0, 1)
         assert ends(group)
+
+
+def test_a_launcher_that_is_killed_while_its_ranks_begin_leaves_none(tmp_path: Path) -> None:
+    settings_ = settings(2, 0)
+    first = start(tmp_path, settings_)
+    with deepspeed(tmp_path / "ours", settings_) as ours, ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(ours.load, first, RATE)
+        ranks: list[psutil.Process] = []
+        while not ranks:
+            assert not loading.done()
+            launchers = [p for p in psutil.Process().children(recursive=True) if "--standalone" in shown(p).split()]
+            ranks = [rank for p in launchers if "supervised" not in shown(p) for rank in p.children()]
+        launcher = ranks[0].parent()
+        assert launcher is not None
+        launcher.kill()
+        with pytest.raises(NearFutureError, match="its launcher was ended from outside"):
+            loading.result(timeout=15)
+        assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:

@@ -17,10 +17,9 @@ def told(report: DataReport) -> list[str]:
     }
     out = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
     longest = "" if report.longest is None else f", {report.longest:,} tokens the longest"
-    lines = [
-        f"data: {report.rows:,} rows of {report.origin}: {report.train:,} prompts to train on, "
-        f"{report.held_out:,} held out{longest}"
-    ]
+    # A benchmark holds none out.
+    sides = f" to train on, {report.held_out:,} held out" if report.held_out else ""
+    lines = [f"data: {report.rows:,} rows of {report.origin}: {report.train:,} prompts{sides}{longest}"]
     if out:
         lines.append(f"data: left out: {out}")
     return lines + [f"data: {fault.where}: {fault.reason}" for fault in report.faults]

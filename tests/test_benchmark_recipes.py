@@ -113,6 +113,7 @@ def test_there_is_a_recipe_for_each_of_the_papers_benchmarks() -> None:
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {*ROWS, "testbed-long"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_as_they_are_published_become_questions_with_answers_that_the_verifier_takes(
     name: str, tmp_path: Path

@@ -100,6 +100,7 @@ def test_a_conversation_is_taken_as_it_is(tmp_path: Path) -> None:
     assert tuple(talk) in [prompt.messages for prompt in (*found.train, *found.held_out)]
 
 
+@pytest.mark.slow
 def test_questions_of_reasoning_gym_come_with_what_its_scorer_needs() -> None:
     pytest.importorskip("reasoning_gym")
     from npo_core.verifiers.kinds import load_verifier

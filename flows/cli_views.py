@@ -63,6 +63,8 @@ def show(run: Run, json: Json = False) -> None:
       npo show runs/demo
     """
     from npo_core import views
+    from npo_core.sources.told import told
+    from schemas.records import DataReport
 
     shown = views.show(open_existing(run))
     head, tokens = shown["head"], shown["tokens"]
@@ -77,8 +79,9 @@ def show(run: Run, json: Json = False) -> None:
         f"generated tokens: main line {tokens['policy']:,}, guides {tokens['guide']:,}, "
         f"scouts and discarded {tokens['discarded']:,}"
     )
+    rows = told(DataReport.model_validate(shown["data"])) if shown["data"] else []
     benchmarks = [benchmarks_table(shown["benchmarks"])] if shown["benchmarks"] else []
-    text = Group(_tree(shown), Text("\n".join([where, *guides, *decisions, spent])), *benchmarks)
+    text = Group(_tree(shown), Text("\n".join([where, *map(visible, rows), *guides, *decisions, spent])), *benchmarks)
     emit(json, shown, text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shutil
 import tempfile
@@ -15,16 +16,21 @@ from safetensors import safe_open
 
 from npo_core import testbed
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, prompts_digest
-from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt
+from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.lora import has_adapter, merge
-from npo_core.prompts import encode, load_source, to_arrow
+from npo_core.prompts import counter, to_arrow
+from npo_core.room import require_room
 from npo_core.run_config import keep_config
+from npo_core.sources.load import Loaded, load
+from npo_core.sources.told import told
 from npo_core.store import open_store
 from npo_core.verifiers.kinds import load_verifier
 from npo_core.workspace import Workspace, environment, new_leg, now
 from schemas.config import Config
 from schemas.digest import digest_bytes, digest_json
 from schemas.records import CheckpointRef, RunRecord
+
+logger = logging.getLogger("npo")
 
 _AT_STEP = re.compile(r"(.+)@(\d+)")
 
@@ -127,9 +133,10 @@ def weights_digest(model_dir: Path) -> str:
 def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     """Writes the run's record, and then everything that the record speaks of."""
     model_dir = starting_model(config, scratch / "source")
-    train, held_out = load_source(config)
+    model, tokenizer = _usable_parts(model_dir)
+    loaded = _prompts(config, model, tokenizer)
     tokenizer_dir = scratch / "tokenizer"
-    _usable_tokenizer(model_dir, train[0]).save_pretrained(tokenizer_dir)
+    tokenizer.save_pretrained(tokenizer_dir)
     digests = {
         "model_digest": weights_digest(model_dir),
         "tokenizer_digest": digest_json(
@@ -137,7 +144,7 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
         ),
         "verifier": load_verifier(config).name,
     }
-    prompts = to_arrow(train, held_out)
+    prompts = to_arrow(loaded.train, loaded.held_out)
     digests["prompts_digest"] = prompts_digest(prompts)
     recipe = config.recipe()
     record = run.create_run(
@@ -146,6 +153,7 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
             recipe=recipe,
             config=config.model_dump(mode="json"),
             recipe_digest=digest_json([_leg_recipe(recipe), digests]),
+            data=loaded.report,
             created_at=now(),
             **digests,
         )
@@ -161,11 +169,34 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     return record
 
 
-def _usable_tokenizer(model_dir: Path, prompt: Prompt) -> Any:
-    """The tokenizer of a model directory, after a look at all that a run needs of the directory.
+def _prompts(config: Config, model: Any, tokenizer: Any) -> Loaded:
+    """The prompts, which the model has room for.
 
     Raises:
-        ConfigurationError: weights, configuration, tokenizer or chat template are missing or damaged.
+        ConfigurationError: see `load`, `counter` and `require_room`.
+    """
+    tokens = counter(tokenizer, config.chat)
+    loaded = load(config, tokens)
+    if loaded.report is None:
+        try:
+            tokens(loaded.train[0])
+        except ValueError as error:
+            raise ConfigurationError(
+                f"{_source(config)}: its tokenizer and chat template cannot be used ({error}) for data.source "
+                f"{config.data.source}; give a complete transformers model directory, with tokenizer and chat template"
+            ) from error
+    else:
+        require_room(config, model, loaded.report)
+        for line in told(loaded.report):
+            logger.info(line)
+    return loaded
+
+
+def _usable_parts(model_dir: Path) -> tuple[Any, Any]:
+    """(configuration, tokenizer) of a model directory, after a look at all that a run needs of it.
+
+    Raises:
+        ConfigurationError: weights, configuration or tokenizer are missing or damaged.
     """
     weights = list(model_dir.glob("*.safetensors"))
     if not weights:
@@ -179,19 +210,16 @@ def _usable_tokenizer(model_dir: Path, prompt: Prompt) -> Any:
             with safe_open(file, framework="numpy"):
                 pass
         part = "config.json"
-        transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        model = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
         part = "tokenizer"
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        part = "tokenizer and chat template"
-        if not len(encode(tokenizer, prompt)):
-            raise ValueError("a prompt has no tokens")
     except Exception as error:  # transformers raises what its parsers raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigurationError(
             f"model.path {model_dir}: its {part} cannot be used ({reason}); give a complete transformers model "
             "directory, with tokenizer and chat template"
         ) from error
-    return tokenizer
+    return model, tokenizer
 
 
 def _leg_recipe(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 
 from npo_core.artifacts import prompts_digest
 from npo_core.interfaces import ConfigurationError, Prompt, Verifier
-from npo_core.prompts import load_source, to_arrow
+from npo_core.prompts import to_arrow
+from npo_core.room import require_room
 from npo_core.segment import LegContext
+from npo_core.sources.load import Tokens, load_all
+from npo_core.sources.told import told
 from npo_core.verifiers.kinds import load_verifier
 from schemas.benchmark import BenchmarkFile
 from schemas.config import Config
 from schemas.records import BenchmarkSpec
+
+logger = logging.getLogger("npo")
 
 
 @dataclass(frozen=True)
@@ -35,26 +42,44 @@ class Benchmark:
         return replace(leg, config=leg.config.model_copy(update={"rollout": rollout}), verifier=self.verifier)
 
 
-def open_benchmark(file: BenchmarkFile, config: Config) -> Benchmark:
+def open_benchmark(
+    file: BenchmarkFile, config: Config, tokens: Tokens | None = None, model: Any | None = None
+) -> Benchmark:
     """Loads the prompts and the verifier of a benchmark.
 
     Args:
         file: the benchmark.
         config: of the run, which gives what the file leaves out.
+        tokens: see `load`.
+        model: transformers' configuration of the run's model; None: its room is not looked at.
 
     Raises:
         ConfigurationError: its prompts cannot be had, or two share an identifier.
     """
-    config = config.model_copy(update={"data": file.data, "verifier": file.verifier})
-    train, held_out = load_source(config)
-    prompts, verifier, table = [*train, *held_out], load_verifier(config), to_arrow(train, held_out)
+    rollout = config.rollout.model_copy(
+        update={
+            "temperature": file.temperature or config.rollout.temperature,
+            "max_new_tokens": file.max_new_tokens or config.rollout.max_new_tokens,
+        }
+    )
+    config = config.model_copy(update={"data": file.data, "verifier": file.verifier, "rollout": rollout})
+    try:
+        loaded = load_all(config, tokens)
+        if model is not None and loaded.report is not None:
+            require_room(config, model, loaded.report)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"benchmark {file.name}: {error}") from error
+    for line in told(loaded.report) if loaded.report else ():
+        logger.info("benchmark %s: %s", file.name, line)
+    prompts, verifier = [*loaded.train, *loaded.held_out], load_verifier(config)
+    table = to_arrow(loaded.train, loaded.held_out)
     if len({prompt.prompt_id for prompt in prompts}) < len(prompts):
         raise ConfigurationError(f"benchmark {file.name}: two prompts share a prompt_id; give each its own")
     spec = BenchmarkSpec(
         name=file.name,
         prompts_digest=prompts_digest(table),
         verifier=verifier.name,
-        temperature=config.rollout.temperature if file.temperature is None else file.temperature,
-        max_new_tokens=file.max_new_tokens or config.rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
     )
     return Benchmark(spec, file.samples or config.evaluation.samples, prompts, table, verifier)

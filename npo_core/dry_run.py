@@ -77,10 +77,10 @@ def dry_run(draft: Draft, machine: Machine) -> DryRun:
     if notes.readable("model", "model"):
         with notes.about("model", "model.path", config.model.path):
             model = check_model(config, notes)
-    if notes.readable("data", "data", "rollout"):
+    if notes.readable("data", "data", "rollout", "chat"):
         with notes.about("data", "data.source", config.data.source):
-            data = check_data(config, notes)
-    if notes.readable("context", "model", "data", "rollout", "vllm"):
+            data = check_data(config, model, notes)
+    if notes.readable("context", "model", "data", "chat", "rollout", "vllm"):
         with notes.about("context", "rollout.max_new_tokens", config.rollout.max_new_tokens):
             longest = check_context(config, model, data, notes)
     if notes.readable("verifier", "verifier", "data"):

@@ -43,7 +43,11 @@ class Engine:
 
     @classmethod
     def build(
-        cls, config: Config, model_dir: Path, starting_policy: Callable[[Callable[[Path], Policy]], Policy]
+        cls,
+        config: Config,
+        model_dir: Path,
+        starting_policy: Callable[[Callable[[Path], Policy]], Policy],
+        tokenizer_dir: Path | None = None,
     ) -> Engine:
         """transformers in this process, and the learner that the configuration names: torch shares the generator's
         weights, DeepSpeed hands its new ones over after every step. vLLM, where it is asked for, beside them.
@@ -52,6 +56,7 @@ class Engine:
             config: the run's.
             model_dir: a transformers model directory.
             starting_policy: loads the reference of the KL term by the function it is given; called iff it is needed.
+            tokenizer_dir: holds the tokenizer as long as the engine lives; `chat.stop` needs it with vLLM.
         """
 
         def load(path: Path) -> Policy:
@@ -69,18 +74,18 @@ class Engine:
         reference = starting_policy(load) if config.algorithm.kl_beta > 0 else None
         learner = DeepSpeedLearner if config.learner.engine == "deepspeed" else TorchLearner
         generator = TransformersGenerator(policy, config.rollout.max_rows)
-        vllm = _vllm(config, policy)
+        vllm = _vllm(config, policy, tokenizer_dir if config.chat.stop else None)
         rollouts: Generator = VllmRollouts(vllm) if "rollout" in config.vllm.samples else generator
         return cls(generator, learner(policy, config, reference), rollouts, vllm)
 
 
-def _vllm(config: Config, policy: Policy) -> VllmGenerator:
+def _vllm(config: Config, policy: Policy, tokenizer: Path | None) -> VllmGenerator:
     """vLLM beside a policy; it starts with the first checkpoint that it is given."""
     settings = config.vllm
     dtype = settings.dtype or config.model.dtype
     exact = dtype == config.model.dtype == "float32"
     tolerance = settings.tolerance or (1e-4 if exact else 0.05)
-    sampler = VllmServed(settings.url) if settings.url else VllmProcess(settings, dtype, str(policy.device))
+    sampler = VllmServed(settings.url) if settings.url else VllmProcess(settings, dtype, str(policy.device), tokenizer)
     # On a CPU vLLM keeps its old weights, but takes adapters.
     in_place = policy.device.type != "cpu" or (policy.lora is not None and settings.lora == "adapter")
     if "rollout" in settings.samples and not in_place:

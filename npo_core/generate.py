@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from npo_core.interfaces import FinishReason, LocalCheckpoint, Rollouts, SamplingParams, StreamKey
 from npo_core.padding import pad, positions
 from npo_core.policy import Policy
+from npo_core.stops import Stops
 from npo_core.streams import uniforms
 
 
@@ -95,6 +96,8 @@ class TransformersGenerator:
             tokens_B, logps_B, entropy_B = draw(logits_BV, params.temperature, draws_BT[alive, t])
             ids_BT[alive, t], logps_BT[alive, t], entropies_BT[alive, t] = tokens_B, logps_B.float(), entropy_B.float()
             ended_B = torch.isin(tokens_B, stop_S)
+            if params.stops is not None:
+                ended_B |= _said_a_stop(params.stops, ids_BT[alive, : t + 1])
             if bool(ended_B.any()):
                 gone = alive[ended_B]
                 lengths_B[gone], stopped_B[gone] = t + 1, True
@@ -121,6 +124,11 @@ class TransformersGenerator:
             out.logprobs.append(logps[i, :length].copy())
             out.entropies.append(entropies[i, :length].copy())
             out.finish_reasons.append(reason)
+
+
+def _said_a_stop(stops: Stops, ids_BT: Tensor) -> Tensor:
+    """bool [B]: which rows are over by what they say, with their last token."""
+    return torch.tensor([stops.ended(row) for row in ids_BT.to(torch.int32).cpu().numpy()], device=ids_BT.device)
 
 
 def draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from npo_core.stops import Stops
 from schemas.records import FileEntry, Manifest, Record
 
 FinishReason = Literal["stop", "length"]
@@ -81,6 +82,8 @@ class SamplingParams:
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     """Tokens which end a completion; the end token belongs to it."""
+    stops: Stops | None = None
+    """Texts which end it too; they belong to it."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Rollouts:
     """Sampled completions; every list has one entry a row."""
 
     completion_ids: list[np.ndarray]
-    """int32 [T]; ends with the stop token if it ended by itself."""
+    """int32 [T]; ends with the stop token, or the tokens of a stop text, if it ended by itself."""
     logprobs: list[np.ndarray]
     """float32 [T]: log-probabilities under the distribution that the tokens were sampled from."""
     entropies: list[np.ndarray]

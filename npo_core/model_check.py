@@ -11,6 +11,7 @@ from typing import Any
 from npo_core.checks import Notes
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.model_shape import ModelShape, model_shape
+from npo_core.room import positions
 from schemas.config import Config
 
 
@@ -134,8 +135,7 @@ def _found(config: Config, notes: Notes, model: Any, tokenizer: Any | None) -> F
     except NearFutureError as error:
         shape = None
         notes.unchecked(f"memory and storage: {error}")
-    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
-    return FoundModel(model, tokenizer, shape, positions, _adapters(config, notes, model))
+    return FoundModel(model, tokenizer, shape, positions(model), _adapters(config, notes, model))
 
 
 def _adapters(config: Config, notes: Notes, model: Any) -> int | None:

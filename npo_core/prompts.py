@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from npo_core import testbed
-from npo_core.interfaces import Prompt
+from npo_core.interfaces import ConfigurationError, Prompt
 from npo_core.streams import philox
-from schemas.config import Config
+from schemas.chat import ChatSection
 from schemas.digest import canonical_json
 from schemas.tables import PROMPTS
+
+PLAIN = ChatSection()
 
 
 class PromptTable:
@@ -100,23 +101,62 @@ def to_arrow(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=PROMPTS)
 
 
-def encode(tokenizer: Any, prompt: Prompt) -> np.ndarray:
-    """Token ids of a prompt, int32 [L], by the tokenizer's chat template, up to where the answer begins."""
+def encode(tokenizer: Any, prompt: Prompt, chat: ChatSection = PLAIN) -> np.ndarray:
+    """Token ids of a prompt, int32 [L], by the tokenizer's chat template, up to where the answer begins.
+
+    Args:
+        chat: the system prompt, where the prompt has none of its own, and the template's switch.
+    """
+    messages = [dict(message) for message in prompt.messages]
+    if chat.system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": chat.system_prompt})
+    switch = {} if chat.enable_thinking is None else {"enable_thinking": chat.enable_thinking}
     ids = tokenizer.apply_chat_template(
-        [dict(message) for message in prompt.messages], add_generation_prompt=True, tokenize=True, return_dict=False
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **switch
     )
     return np.asarray(ids, dtype=np.int32)
 
 
-def load_source(config: Config) -> tuple[list[Prompt], list[Prompt]]:
-    """(training pool, held-out set) that the configuration names.
+def counter(tokenizer: Any, chat: ChatSection) -> Callable[[Prompt], int]:
+    """Counts a prompt's tokens; raises ValueError, with the template's words, for a prompt that it refuses.
 
     Raises:
-        ConfigurationError: there are not as many prompts as it wants.
+        ConfigurationError: there is no chat template, or it has no switch `enable_thinking` that is to be set.
     """
-    match config.data.source:
-        case "testbed":
-            data = config.data
-            return testbed.make_prompts(
-                data.prompts, data.held_out, data.min_length, data.max_length, seed=data.pool_seed
+    if not tokenizer.chat_template:
+        raise ConfigurationError(
+            "the tokenizer has no chat template, which turns a conversation into tokens; take an instruct model, or "
+            "put the template into the model directory as chat_template.jinja"
+        )
+
+    def count(prompt: Prompt) -> int:
+        try:
+            length = len(encode(tokenizer, prompt, chat))
+        except Exception as error:  # a template raises what it likes
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            hint = "" if chat.system_prompt is None else "; it may know no system message: remove chat.system_prompt"
+            raise ValueError(f"{reason}{hint}") from error
+        if not length:
+            raise ValueError("it has no tokens")
+        return length
+
+    if chat.enable_thinking is not None:
+        texts = {
+            tokenizer.apply_chat_template(
+                [dict(message) for message in ASKED.messages],
+                add_generation_prompt=True,
+                tokenize=False,
+                enable_thinking=value,
             )
+            for value in (True, False)
+        }
+        if len(texts) == 1:
+            raise ConfigurationError(
+                f"chat.enable_thinking {chat.enable_thinking}: the model's chat template has no such switch, so "
+                "nothing would come of it; leave it out"
+            )
+    return count
+
+
+ASKED = Prompt("made-up", "made-up", ({"role": "user", "content": "1 + 1 = ?"},), "2")
+"""What a template or a verifier is tried on where there are no prompts."""

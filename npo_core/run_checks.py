@@ -14,14 +14,10 @@ from typing import TYPE_CHECKING
 from npo_core.checks import Notes
 from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt
 from schemas.config import Config
-from schemas.digest import digest_json
 
 if TYPE_CHECKING:  # it loads transformers
     from npo_core.artifacts import RunArtifacts
     from npo_core.model_check import FoundModel
-
-ASKED = Prompt("made-up", "made-up", ({"role": "user", "content": "1 + 1 = ?"},), "2")
-"""What the verifier is asked where there are no prompts."""
 
 
 @dataclass(frozen=True)
@@ -30,30 +26,38 @@ class FoundData:
 
     train: list[Prompt]
     held_out: list[Prompt]
+    longest: int | None
+    """Tokens of the longest one, where they were counted."""
 
 
-def check_data(config: Config, notes: Notes) -> FoundData | None:
-    """Loads the prompts, and counts them."""
-    from npo_core.prompts import load_source
+def check_data(config: Config, model: FoundModel | None, notes: Notes) -> FoundData | None:
+    """Loads the prompts, and counts them and what becomes of the rows. Nothing is downloaded.
 
-    train, held_out = load_source(config)
-    notes.ok(f"{len(train):,} prompts to train on, {len(held_out):,} held out")
-    ids = [prompt.prompt_id for prompt in (*train, *held_out)]
-    if len(set(ids)) < len(ids):
-        notes.fail(
-            f"data.source {config.data.source}: {len(ids) - len(set(ids))} prompts share a prompt_id; name each once"
-        )
-    shared = {*map(_question, train)} & {*map(_question, held_out)}
-    if shared:
-        notes.warn(
-            f"{len(shared):,} questions are in both sets, so held-out accuracy says too much; remove them from one"
-        )
-    return FoundData(train, held_out)
+    Raises:
+        ConfigurationError: see `load`.
+    """
+    from npo_core.prompts import counter
+    from npo_core.sources.load import load
+    from npo_core.sources.told import told
 
-
-def _question(prompt: Prompt) -> str:
-    """What a prompt asks, whatever its identifier."""
-    return digest_json([[dict(message) for message in prompt.messages], list(prompt.image_refs)])
+    data = config.data
+    if data.path is not None:
+        notes.at("data.path", data.path)
+    if data.source == "hf" and not Path(data.path or "").expanduser().is_dir():
+        notes.unchecked(f"{data.path} is a name on the hub; the run downloads it, and then looks at its rows")
+        return None
+    tokens = None
+    if data.source != "testbed" and model is not None and model.tokenizer is not None:
+        tokens = counter(model.tokenizer, config.chat)
+    loaded = load(config, tokens)
+    if loaded.report is None:
+        notes.ok(f"{len(loaded.train):,} prompts to train on, {len(loaded.held_out):,} held out")
+    else:
+        first, *others = (line.removeprefix("data: ") for line in told(loaded.report))
+        notes.ok(first)
+        for line in others:
+            notes.warn(line)
+    return FoundData(loaded.train, loaded.held_out, None if loaded.report is None else loaded.report.longest)
 
 
 def check_context(config: Config, model: FoundModel | None, data: FoundData | None, notes: Notes) -> int | None:
@@ -65,7 +69,7 @@ def check_context(config: Config, model: FoundModel | None, data: FoundData | No
     elif data is None:
         notes.unchecked("the longest prompt in tokens: there are no prompts")
     else:
-        longest = _longest(model, data)
+        longest = data.longest or _longest(config, model, data)
     prompt = longest or 1
     limits = [("the model's positions", None if model is None else model.positions)]
     if config.vllm.samples:
@@ -84,20 +88,21 @@ def check_context(config: Config, model: FoundModel | None, data: FoundData | No
     return longest
 
 
-def _longest(model: FoundModel, data: FoundData) -> int:
-    from npo_core.prompts import encode
+def _longest(config: Config, model: FoundModel, data: FoundData) -> int:
+    from npo_core.prompts import counter
 
+    tokens = counter(model.tokenizer, config.chat)
     try:
-        return max(len(encode(model.tokenizer, prompt)) for prompt in (*data.train, *data.held_out))
-    except Exception as error:  # a template raises what it likes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return max(tokens(prompt) for prompt in (*data.train, *data.held_out))
+    except ValueError as error:
         raise ConfigurationError(
-            f"the model's chat template cannot be used ({reason}); give a model that has one"
+            f"the model's chat template cannot be used ({error}); give a model that has one"
         ) from error
 
 
 def check_verifier(config: Config, data: FoundData | None, notes: Notes) -> str:
     """Loads the verifier and asks it for a verdict, as a stage would. Returns its name."""
+    from npo_core.prompts import ASKED
     from npo_core.verifiers.kinds import load_verifier, resolved
 
     section = resolved(config).model_copy(update={"workers": 1})

@@ -27,6 +27,7 @@ from npo_core.interfaces import (
 )
 from npo_core.memory import peak_rss_bytes
 from npo_core.monitor import observe
+from npo_core.stops import Stops
 from schemas import tables
 from schemas.config import Config
 from schemas.decisions import MonitorState
@@ -52,12 +53,14 @@ class LegContext:
     """Weights that the segment starts from, as recorded in its rows."""
     monitor: MonitorState = field(default_factory=MonitorState)
     """AutoNPO's state where the segment starts."""
+    stops: Stops | None = None
+    """Texts that end a completion too."""
 
     @property
     def sampling(self) -> SamplingParams:
         """How the policy samples its rollouts."""
         rollout = self.config.rollout
-        return SamplingParams(rollout.temperature, rollout.max_new_tokens, self.stop_ids)
+        return SamplingParams(rollout.temperature, rollout.max_new_tokens, self.stop_ids, self.stops)
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,10 @@ def show(run: RunArtifacts) -> dict[str, Any]:
     Returns:
         `legs` [{leg_id, kind, parent, start, stop, status, guide_id}], `head` {leg_id, epoch, step} or None, `guides`
         [{guide_id, leg_id, step, start, stop, solved, prompts}], `interventions` (decision records that intervene),
-        `benchmarks` (`evaluated.benchmarks`), `tokens` {policy, guide, discarded}.
+        `benchmarks` (`evaluated.benchmarks`), `tokens` {policy, guide, discarded}, `data` (`DataReport`, or None of the
+        testbed's prompts).
     """
+    record = run.record()
     legs, head, done, decisions = run.legs(), run.head(), segments(run), run.decisions()
     line = lineage.main_line(legs, head)
     return {
@@ -225,6 +227,7 @@ def show(run: RunArtifacts) -> dict[str, Any]:
         ],
         "interventions": [d.model_dump(mode="json") for d in decisions if d.intervene],
         "benchmarks": evaluated.benchmarks(run),
+        "data": None if record.data is None else record.data.model_dump(mode="json"),
         "tokens": asdict(lineage.count_tokens(line, done, run.guides(), decisions)),
     }
 

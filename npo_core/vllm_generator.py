@@ -119,6 +119,12 @@ class VllmGenerator:
                 "start from a sound checkpoint, and lower learner.learning_rate if it diverged"
             )
         reasons: list[FinishReason] = ["stop" if ids[-1] in params.stop_ids else "length" for ids in completion_ids]
+        if params.stops is not None:
+            # Where a text ends an answer is ours to say, not the engine's detokenizer's.
+            for row, ids in enumerate(completion_ids):
+                length = params.stops.length(ids)
+                if length is not None:
+                    completion_ids[row], logprobs[row], reasons[row] = ids[:length], logprobs[row][:length], "stop"
         for ids, reason in zip(completion_ids, reasons, strict=True):
             if reason == "length" and len(ids) < params.max_new_tokens:
                 raise NearFutureError(

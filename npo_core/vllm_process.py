@@ -47,10 +47,11 @@ class VllmProcess:
         settings: the section `vllm`.
         dtype: type of the weights.
         device: the trainer's, as torch has it: `cpu`, `cuda` or `cuda:N`; vLLM takes the same.
+        tokenizer: directory of the tokenizer, which only texts that end a completion need.
     """
 
-    def __init__(self, settings: VllmSection, dtype: str, device: str) -> None:
-        self.settings, self.dtype, self.device = settings, dtype, device
+    def __init__(self, settings: VllmSection, dtype: str, device: str, tokenizer: Path | None = None) -> None:
+        self.settings, self.dtype, self.device, self.tokenizer = settings, dtype, device, tokenizer
         self._process: Supervised | None = None
         self._socket: socket.socket | None = None
         self._loaded = False
@@ -90,6 +91,7 @@ class VllmProcess:
             "temperature": params.temperature,
             "max_new_tokens": params.max_new_tokens,
             "stop_ids": list(params.stop_ids),
+            "stop": [] if params.stops is None else list(params.stops.texts),
             "seeds": list(seeds),
         }
         _, arrays = self._ask(request, frames.ragged("prompts", prompts, np.int32))
@@ -122,6 +124,8 @@ class VllmProcess:
             rank = json.loads(adapter.read_text())["r"]
             # vLLM allocates for one of a few ranks.
             options |= {"enable_lora": True, "max_lora_rank": next((r for r in LORA_RANKS if r >= rank), rank)}
+        if self.tokenizer is not None:
+            options["tokenizer"] = str(self.tokenizer)
         if settings.max_model_len is not None:
             options["max_model_len"] = settings.max_model_len
         if settings.tensor_parallel_size == 1:

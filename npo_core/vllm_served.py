@@ -65,6 +65,8 @@ class VllmServed:
             "temperature": params.temperature,
             "max_tokens": params.max_new_tokens,
             "stop_token_ids": list(params.stop_ids),
+            "stop": [] if params.stops is None else list(params.stops.texts),
+            "skip_special_tokens": False,
             "seed": seed,
             "logprobs": 0,
             "return_token_ids": True,

@@ -53,7 +53,8 @@ class Worker:
             cleanup_dist_env_and_memory()
         self.llm = vllm.LLM(
             model=header["model"],
-            skip_tokenizer_init=True,
+            # Only texts that end a completion need one.
+            skip_tokenizer_init="tokenizer" not in header["options"],
             # Of the model's own defaults for sampling, none may apply.
             generation_config="vllm",
             # Log-probabilities of what was sampled from: after the temperature.
@@ -85,7 +86,8 @@ class Worker:
             self.adapter = LoRARequest(f"adapter-{self._adapters}", self._adapters, header["adapter"])
 
     def sample(self, header: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-        """One completion a seed, prompt-major; a stop token belongs to the completion."""
+        """One completion a seed, prompt-major; a stop token, or the tokens of a stop text, belong to the
+        completion."""
         from vllm import SamplingParams
 
         rows = frames.rows_of("prompts", arrays)
@@ -100,7 +102,9 @@ class Worker:
                 ignore_eos=True,
                 seed=seed,
                 logprobs=0,
-                detokenize=False,
+                stop=header["stop"],
+                detokenize=bool(header["stop"]),
+                skip_special_tokens=False,
             )
             for seed in header["seeds"]
         ]

@@ -25,11 +25,12 @@ from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
 from npo_core.interfaces import Generator, LocalCheckpoint, NearFutureError, Prompt, Verdict, Verifier
 from npo_core.policy import Policy, choose_device, device_name
-from npo_core.prompts import PromptTable, encode
+from npo_core.prompts import PromptTable, counter, encode
 from npo_core.rows import EVERY_ROW, Where, read_rows
 from npo_core.run_config import configure
 from npo_core.segment import LegContext
 from npo_core.shards import sampling_config
+from npo_core.stops import Stops
 from npo_core.verifiers.kinds import load_verifier
 from npo_core.vllm_version import sampler_name
 from schemas import tables
@@ -122,6 +123,11 @@ class Workspace:
         return self.run.checkout_model(self.scratch / "model")
 
     @cached_property
+    def model_config(self) -> Any:
+        """transformers' configuration of the run's model."""
+        return transformers.AutoConfig.from_pretrained(self.model_dir, local_files_only=True)
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The run's tokenizer."""
         return transformers.AutoTokenizer.from_pretrained(self.model_dir, local_files_only=True)
@@ -135,9 +141,18 @@ class Workspace:
             ids |= set(eos) if isinstance(eos, list) else {eos}
         return tuple(sorted(i for i in ids if i is not None))
 
+    @cached_property
+    def stops(self) -> Stops | None:
+        """Texts that end a completion too."""
+        return Stops.of(self.config.chat.stop, self.tokenizer)
+
     def encode(self, prompt: Prompt) -> np.ndarray:
         """Token ids of a prompt, int32 [L]."""
-        return encode(self.tokenizer, prompt)
+        return encode(self.tokenizer, prompt, self.config.chat)
+
+    def tokens(self, prompt: Prompt) -> int:
+        """Tokens of a prompt; see `counter`."""
+        return counter(self.tokenizer, self.config.chat)(prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion without the token that ended it; a verifier sees all other special tokens."""
@@ -222,6 +237,7 @@ class Workspace:
             guide=guide,
             weights_digest=weights_digest,
             monitor=monitor or MonitorState(),
+            stops=self.stops,
         )
 
     def guide(self, guide_id: str, prompts: Collection[str]) -> GuideTrajectories | None:
@@ -255,7 +271,7 @@ class Workspace:
             yield self.run.checkout(ref, Path(directory), weights_only=weights_only)
 
     def _build(self, model_dir: Path) -> Engine:
-        engine = Engine.build(self.config, model_dir, self._starting_policy)
+        engine = Engine.build(self.config, model_dir, self._starting_policy, self.model_dir)
         # What runs in a process of its own, on a GPU perhaps, ends with the workspace.
         weakref.finalize(self, engine.close)
         return engine

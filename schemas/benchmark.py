@@ -17,7 +17,7 @@ class BenchmarkFile(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
     """The benchmark's name: lower-case letters, digits, dot, dash, underscore."""
     data: DataSection
-    """Its prompts: all of them are asked, training pool and held-out set."""
+    """Its prompts: all of them are asked. Only the testbed holds some out, which are asked too."""
     verifier: VerifierSection = VerifierSection()
     """What judges the answers; the run's own verifier judges its own prompts alone."""
     samples: int | None = Field(None, ge=1)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from schemas.algorithm import AlgorithmSection
+from schemas.chat import ChatSection
 from schemas.data import DataSection
 from schemas.deepspeed import DeepSpeedSection
 from schemas.future import AutoNPOSection, FutureSection
@@ -114,6 +115,10 @@ NOT_RECIPE = {
 who acts, which changes none."""
 
 
+FIRST_DATA_FIELDS = ("source", "prompts", "held_out", "min_length", "max_length", "pool_seed")
+"""Fields of `data` that every recipe has."""
+
+
 class Config(Section):
     """A run's whole configuration, as `npo run` reads it from YAML."""
 
@@ -123,6 +128,8 @@ class Config(Section):
     """What is trained."""
     data: DataSection = DataSection()
     """On which prompts."""
+    chat: ChatSection = ChatSection()
+    """How the model is spoken to."""
     verifier: VerifierSection = VerifierSection()
     """What judges the answers."""
     rollout: RolloutSection = RolloutSection()
@@ -160,7 +167,7 @@ class Config(Section):
                 f"evaluation.every {every} is not a multiple of run.segment_steps {segment}; only a segment's end has "
                 "a checkpoint to evaluate"
             )
-        if self.rollout.prompts_per_step > self.data.prompts:
+        if self.data.prompts is not None and self.rollout.prompts_per_step > self.data.prompts:
             yield (
                 f"rollout.prompts_per_step {self.rollout.prompts_per_step} exceeds data.prompts {self.data.prompts}; "
                 "a step's prompts are distinct"
@@ -251,6 +258,12 @@ class Config(Section):
         """
         recipe = self.model_dump(mode="json", exclude={"evaluation", "retention", "vllm", "deepspeed", "sharding"})
         recipe["run"] = {"seed": self.run.seed}
+        # What is younger counts where it says something new: the recipe of a run without it stays what it was.
+        said = self.data.model_dump(mode="json", exclude_defaults=True)
+        recipe["data"] = {name: recipe["data"][name] for name in FIRST_DATA_FIELDS} | said
+        recipe["chat"] = self.chat.model_dump(mode="json", exclude_defaults=True)
+        if not recipe["chat"]:
+            del recipe["chat"]
         for section, fields in NOT_RECIPE.items():
             for field in fields:
                 del recipe[section][field]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 SCHEMA_VERSION = 1
 
@@ -32,6 +32,44 @@ class CheckpointRef(Record):
     """SHA-256 over weights, optimizer and state (`CheckpointManifest.digest`)."""
 
 
+class RowFault(Record):
+    """A row of the user's that cannot be used."""
+
+    where: str
+    """File and number, from 1."""
+    reason: str
+    """In words."""
+
+
+class DataReport(Record):
+    """What became of the rows that a run's prompts were made of."""
+
+    origin: str
+    """The source and what it read, in words."""
+    rows: int = Field(ge=0)
+    """Rows that were read, the held-out set's included."""
+    bad: int = Field(ge=0)
+    """Of these, that cannot be used: damaged, without a column, with an answer of another kind."""
+    empty: int = Field(ge=0)
+    """Without a prompt or an answer."""
+    duplicates: int = Field(ge=0)
+    """With the prompt and the answer of an earlier row of the same set; the first counts."""
+    shared: int = Field(ge=0)
+    """Training rows whose prompt is in the held-out set too, and which are left out of training."""
+    over_long: int = Field(ge=0)
+    """Of more than `data.max_prompt_tokens`."""
+    unused: int = Field(ge=0)
+    """Beyond `data.prompts` and `data.held_out`."""
+    train: int = Field(ge=0)
+    """Prompts of the training pool."""
+    held_out: int = Field(ge=0)
+    """Prompts of the held-out set."""
+    longest: int | None = Field(ge=0)
+    """Tokens of the longest prompt, chat template included; None: not counted."""
+    faults: tuple[RowFault, ...] = ()
+    """The first of the rows that are bad, empty or over-long."""
+
+
 class RunRecord(Record):
     """`run.json`: the frozen recipe, and digests of everything that it refers to by name."""
 
@@ -52,8 +90,17 @@ class RunRecord(Record):
     recipe_digest: str
     """SHA-256 of `recipe` without `future` and `algorithm.method` (they shape the tree of legs, not a leg) and of the
     four digests above: what a leg's identity depends on."""
+    data: DataReport | None = None
+    """What became of the user's rows; None: the prompts are the testbed's."""
     created_at: str
     """UTC, ISO 8601."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_rows(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        if values.get("data") is None:
+            values.pop("data", None)
+        return values
 
 
 class ConfigRecord(Record):

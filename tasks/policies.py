@@ -115,7 +115,7 @@ def evaluate_policy(run: str, checkpoint: CheckpointRef, benchmark: BenchmarkFil
 
     opened = workspace(run)
     samples, greedy = opened.config.evaluation.samples, opened.config.evaluation.greedy
-    other = None if benchmark is None else open_benchmark(benchmark, opened.config)
+    other = None if benchmark is None else open_benchmark(benchmark, opened.config, opened.tokens, opened.model_config)
     spec = None
     if other is not None:
         samples, spec = other.samples, other.spec

@@ -94,7 +94,7 @@ def _answers(
         opened.run.run_id,
         [opened.prompts.get(prompt_id) for prompt_id in asked],
         generator,
-        SamplingParams(spec.temperature, spec.max_new_tokens, opened.stop_ids),
+        SamplingParams(spec.temperature, spec.max_new_tokens, opened.stop_ids, opened.stops),
         opened.verifier,
         opened.encode,
         opened.decode,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from npo_core.config_file import load_config
 from npo_core.interfaces import ConfigurationError
 from schemas.config import NOT_RECIPE, Config
+from schemas.digest import digest_json
 from schemas.future import Intervention
 from schemas.sharding import ShardingSection
 from schemas.vllm import VllmSection
@@ -145,9 +147,11 @@ def test_an_unknown_key_names_the_nearest_known_one(load: Any, override: str, sa
 
 
 def test_every_section_refuses_an_unknown_key_and_suggests_its_own(load: Any) -> None:
+    data = {"source": "reasoning-gym", "tasks": [{"name": "chain_sum", "size": 64}]}
     for prefix, model in sections():
         name = next(iter(model.model_fields))
-        assert f"{prefix}{name}x: unknown key; did you mean {name}?" in refusal(load, f"{prefix}{name}x=1")
+        said = refusal(load, f"{prefix}{name}x=1", values=copy.deepcopy({**BASE, "data": data}))
+        assert f"{prefix}{name}x: unknown key; did you mean {name}?" in said
 
 
 @pytest.mark.parametrize(
@@ -195,6 +199,19 @@ def test_a_required_key_is_named(load: Any) -> None:
         (["evaluation.every=15"], "evaluation.every 15 is not a multiple of run.segment_steps 10"),
         (["data.prompts=8"], "rollout.prompts_per_step 32 exceeds data.prompts 8"),
         (["data.min_length=9", "data.max_length=5"], "data: min_length 9 exceeds max_length 5"),
+        (["data.source=jsonl"], "data: source jsonl needs path: where the rows are"),
+        (["data.path=rows.jsonl"], "path belongs to source jsonl or parquet or hf, but source is testbed; remove path"),
+        (["data.source=jsonl", "data.path=x", "data.split=test"], "split belongs to source hf, but source is jsonl"),
+        (["data.source=jsonl", "data.path=x", "data.max_length=9"], "max_length belongs to source testbed, but source"),
+        (["data.source=reasoning-gym"], "data: source reasoning-gym needs tasks: [{name: chain_sum, size: 500}], say"),
+        (["data.held_out=0.5"], "data: held_out 0.5 is not a whole number of prompts"),
+        (
+            ["data.source=hf", "data.path=x", "data.held_out=1.5"],
+            "is not a whole number of prompts, or a share below 1",
+        ),
+        (["data.source=hf", "data.path=x", "data.over_long=skip"], "over_long skip needs max_prompt_tokens"),
+        (["data.columns.answer_is=letter"], "answer_is letter needs choices: the columns that hold them"),
+        (["chat.stop=[' end']"], "chat.stop: ' end' is empty or begins with a space"),
         (["future.interventions=[]"], "algorithm.method npo needs at least one entry in future.interventions"),
         (["algorithm.method=grpo"], "set algorithm.method to npo or remove the interventions"),
         (["future.interventions.0.window=21"], "starts inside the window [0, 21) of the one before it"),
@@ -322,6 +339,31 @@ def test_only_what_changes_the_numbers_is_in_the_recipe(load: Any) -> None:
     for path, value in paths.items():
         same = changed(config, path, another(value)).recipe() == recipe
         assert same == (path in NO_RECIPE), path
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("testbed-autonpo", "5b697e25feced8dd"),
+        ("testbed-grpo", "672b17083d803da1"),
+        ("testbed-late", "a71eeda30fd90f3e"),
+        ("testbed-npo", "72809ef842ad6a73"),
+    ],
+)
+def test_the_recipe_of_a_testbed_run_is_what_it_was_before_there_were_other_sources(name: str, digest: str) -> None:
+    recipe = load_config(ROOT / "deploy" / "configs" / f"{name}.yaml", []).recipe()
+    assert digest_json(recipe).startswith(digest)
+
+
+def test_a_configuration_of_rows_is_the_same_after_it_was_kept_as_json(load: Any) -> None:
+    data = {"source": "jsonl", "path": "rows.jsonl", "columns": {"prompt": "question"}, "max_prompt_tokens": 100}
+    config = load({**BASE, "data": data, "chat": {"stop": ["</answer>"]}})
+    assert config.data.held_out == 0.1
+    assert config.data.prompts is None
+    kept = Config.model_validate(config.model_dump(mode="json"))
+    assert kept == config
+    assert kept.recipe() == config.recipe()
+    assert config.recipe()["data"]["columns"] == {"prompt": "question"}
 
 
 @pytest.mark.parametrize("field", ["run.public_url", "vllm.url"])

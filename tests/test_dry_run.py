@@ -85,9 +85,13 @@ def test_every_shipped_configuration_passes_without_weights(config: str, tmp_pat
         missing.add("learner.engine")
     if values.get("vllm") and not (ROOT / ".venv-vllm" / "bin" / "python").exists():
         missing.add("vllm.python")
-    result = npo(
-        "run", f"deploy/configs/{config}.yaml", "-s", f"run.store=file://{tmp_path}/store", "--dry-run", "--json"
-    )
+    arguments = ["-s", f"run.store=file://{tmp_path}/store"]
+    if "path" in values.get("data", {}):
+        # The rows are the user's.
+        rows = [json.dumps({"prompt": f"{n} + 1 = ?", "answer": str(n + 1)}) for n in range(400)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+        arguments += ["-s", f"data.path={tmp_path}/rows.jsonl"]
+    result = npo("run", f"deploy/configs/{config}.yaml", *arguments, "--dry-run", "--json")
     assert result.returncode == (2 if missing else 0), result.stderr
     found = json.loads(result.stdout)
     assert {check["field"] for check in found["checks"] if check["status"] == "failed"} == missing
@@ -316,6 +320,43 @@ def test_wrong_sections_are_told_with_what_the_others_hold(tmp_path: Path) -> No
     assert said(found, "store") == {"unchecked": "the section run must be mended first"}
     assert found.run is None
     assert found.plan is None
+
+
+def own_rows(tmp_path: Path, **data: Any) -> DryRun:
+    """The dry run of thirty rows that the testbed's tokenizer knows, and one that it does not."""
+    rows = [*({"q": f"s{n}=", "a": str(n)} for n in range(10, 40)), {"q": "what?", "a": "1"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    section = {"source": "jsonl", "path": str(tmp_path / "rows.jsonl"), "columns": {"prompt": "q", "answer": "a"}}
+    sizes = {"rollout": {"prompts_per_step": 8}, "verifier": {"kind": "exact"}}
+    return tried(tmp_path, data={**section, "held_out": 6, **data}, **sizes)
+
+
+def test_rows_of_ones_own_are_counted_and_planned_with(tmp_path: Path) -> None:
+    found = own_rows(tmp_path, bad_rows="skip")
+    assert not found.faults
+    assert "31 rows of jsonl" in said(found, "data")["ok"]
+    assert "24 prompts to train on, 6 held out, 4 tokens the longest" in said(found, "data")["ok"]
+    warned = [check.said for check in found.checks if check.check == "data" and check.status == "warning"]
+    assert warned[0] == "left out: 1 bad"
+    assert "rows.jsonl:31: the model's chat template cannot render it" in warned[1]
+    assert "longest prompt 4 and answer 14 tokens fit" in said(found, "context")["ok"]
+    assert found.plan is not None
+    assert found.plan.evaluation_tokens == found.plan.evaluations * 6 * 4 * 14
+
+
+def test_rows_of_ones_own_that_cannot_be_used_are_faults(tmp_path: Path) -> None:
+    for data, told in (
+        ({}, "1 of the 31 rows of jsonl"),
+        ({"path": "nowhere.jsonl"}, "data.path nowhere.jsonl is neither a file"),
+        ({"columns": {"prompt": "q", "answer": "b"}}, "data.columns.answer 'b' is no column of"),
+        ({"bad_rows": "skip", "held_out": 29}, "rollout.prompts_per_step 8 exceeds the 1 prompts"),
+    ):
+        (fault,) = own_rows(tmp_path, **data).faults
+        assert (fault.check, fault.field) == ("data", "data.path")
+        assert told in fault.said
+    hub = own_rows(tmp_path, source="hf", path="nobody/no-such-rows-are-here")
+    assert not hub.faults
+    assert "the run downloads it" in said(hub, "data")["unchecked"]
 
 
 def test_an_answer_that_does_not_fit_the_models_positions_is_refused(tmp_path: Path) -> None:

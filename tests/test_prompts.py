@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from npo_core import testbed
 from npo_core.artifacts import prompts_digest
 from npo_core.interfaces import ConfigurationError, Prompt, PromptSource, Verifier
-from npo_core.prompts import PromptTable, encode, load_source, to_arrow
+from npo_core.prompts import PromptTable, encode, to_arrow
+from npo_core.sources.load import load
 from npo_core.testbed.tokenizer import build_tokenizer
 from npo_core.verifiers.kinds import load_verifier
 from schemas.config import Config
@@ -143,8 +144,10 @@ def test_a_prompt_is_encoded_as_the_characters_of_its_messages() -> None:
 
 
 def test_the_configuration_names_prompts_and_verifier() -> None:
-    train, held_out = load_source(config(prompts=40, held_out=16, min_length=5, max_length=6, pool_seed=3))
-    assert (train, held_out) == testbed.make_prompts(40, 16, 5, 6, 3)
+    loaded = load(config(prompts=40, held_out=16, min_length=5, max_length=6, pool_seed=3), None)
+    assert loaded.report is None
+    train = loaded.train
+    assert (train, loaded.held_out) == testbed.make_prompts(40, 16, 5, 6, 3)
     verifier: Verifier = load_verifier(config())
     assert verifier.name == "testbed/1"
     assert all(verifier.verify(prompt, prompt.answer).correct for prompt in train)
@@ -152,6 +155,6 @@ def test_the_configuration_names_prompts_and_verifier() -> None:
 
 def test_more_prompts_than_there_are_inputs_is_a_configuration_error() -> None:
     with pytest.raises(ConfigurationError, match=r"data\.prompts 90 .*length 1 .*there are 10; raise data\.min_length"):
-        load_source(config(prompts=90, held_out=8, min_length=1, max_length=1))
-    train, held_out = load_source(config(prompts=72, held_out=8, min_length=1, max_length=1))
-    assert len({prompt.prompt_id for prompt in train + held_out}) == 80
+        load(config(prompts=90, held_out=8, min_length=1, max_length=1), None)
+    loaded = load(config(prompts=72, held_out=8, min_length=1, max_length=1), None)
+    assert len({prompt.prompt_id for prompt in loaded.train + loaded.held_out}) == 80

@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from npo_core.engine import Engine
 from npo_core.generate import TransformersGenerator
 from npo_core.interfaces import LocalCheckpoint, NearFutureError, SamplingParams, StreamKey, TrainBatch
 from npo_core.learner import TorchLearner
 from npo_core.policy import Policy
+from npo_core.stops import Stops
+from npo_core.streams import row_seed
 from npo_core.supervised import Supervised
 from npo_core.vllm_generator import VllmGenerator, VllmRollouts
 from npo_core.vllm_process import VllmProcess
@@ -27,6 +30,7 @@ from schemas.config import Config
 from schemas.learner import LearnerSection
 from schemas.model import ModelSection
 from schemas.vllm import VllmSection
+from tests.chat_model import chat_model_dir
 from tests.command import ROOT, last_json, npo
 from tests.tiny import STOP, prompts_of, tiny_model_dir
 
@@ -108,6 +112,34 @@ def test_temperature_zero_gives_the_trainers_likeliest_tokens(started: VllmGener
     theirs = started.sample(prompts, 1, params, keys(3, 1))
     assert [ids.tolist() for ids in theirs.completion_ids] == [ids.tolist() for ids in ours.completion_ids]
     assert not np.concatenate([*theirs.logprobs, *theirs.entropies]).any()
+
+
+def test_a_stop_text_ends_an_answer_where_it_ends_the_trainers(tmp_path: Path) -> None:
+    folder = chat_model_dir(tmp_path / "weights", head_dim=32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy = Policy(folder, ModelSection(), LearnerSection(device="cpu"))
+    engine = VllmProcess(SETTINGS, "float32", "cpu", folder)
+    generator = VllmGenerator(engine, policy, 0.8, TOLERANCE, in_place=False)
+    stops = Stops.of(("S", "e", "~", "<user>"), tokenizer)
+    assert stops is not None
+    params = SamplingParams(0.8, 24, (tokenizer.eos_token_id,), stops)
+    prompts = [np.array(tokenizer.encode("Hello"), np.int32)]
+    try:
+        generator.load(checkpoint(tmp_path))
+        seeds = [row_seed(key) for key in keys(1, 48)]
+        raw, _ = engine.sample(prompts, params, seeds)
+        sampled = generator.sample(prompts, 48, params, keys(1, 48))
+    finally:
+        generator.close()
+    ended = [stops.length(ids) for ids in raw]
+    assert 0 < sum(length is not None for length in ended) < len(ended), "the case must have rows of both kinds"
+    # The engine itself stops there: nothing is sampled in vain.
+    assert [len(ids) for ids, length in zip(raw, ended, strict=True) if length] == [n for n in ended if n]
+    for ids, length, reason, logprobs in zip(
+        sampled.completion_ids, ended, sampled.finish_reasons, sampled.logprobs, strict=True
+    ):
+        assert len(ids) == len(logprobs)
+        assert reason == ("stop" if length or ids[-1] == tokenizer.eos_token_id else "length")
 
 
 def test_a_completion_that_has_no_room_is_told_as_such(started: VllmGenerator) -> None:

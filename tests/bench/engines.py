@@ -31,7 +31,8 @@ from npo_core.generate import TransformersGenerator
 from npo_core.interfaces import Learner, LocalCheckpoint, Prompt, SamplingParams, StreamKey, TrainBatch
 from npo_core.learner import TorchLearner
 from npo_core.policy import Policy
-from npo_core.prompts import encode, load_source
+from npo_core.prompts import encode
+from npo_core.sources.load import load
 from npo_core.streams import philox
 from npo_core.testbed.warm_start import WarmStartRecipe, train
 from npo_core.vllm_generator import VllmGenerator
@@ -57,7 +58,7 @@ class Testbed:
     def __init__(self, model_dir: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
         self.params = SamplingParams(1.0, CONFIG.rollout.max_new_tokens, (tokenizer.eos_token_id,))
-        self.pool: list[Prompt] = load_source(CONFIG)[0]
+        self.pool: list[Prompt] = load(CONFIG, None).train
         self.ids = [encode(tokenizer, prompt) for prompt in self.pool]
 
     def streams(self, prompts: int, step: int) -> list[StreamKey]:

@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from npo_core import testbed
 from npo_core.interfaces import Prompt, Verdict, Verifier
-from npo_core.prompts import PromptTable, load_source, to_arrow
+from npo_core.prompts import PromptTable, to_arrow
+from npo_core.sources.load import load
 from schemas.config import Config
 
 
@@ -65,7 +66,8 @@ class StepRecord:
 def small_work(seed: int, learning_rate: float = 1e-4) -> Work:
     """GRPO on the embedded testbed: 32 prompts × 8 rollouts of at most 14 tokens."""
     config = grpo_config(seed, learning_rate, {})
-    prompts = PromptTable(to_arrow(*load_source(config)), seed, config.rollout.prompts_per_step)
+    loaded = load(config, None)
+    prompts = PromptTable(to_arrow(loaded.train, loaded.held_out), seed, config.rollout.prompts_per_step)
     return Work(config, testbed.model_dir(), prompts, testbed.TestbedVerifier())
 
 

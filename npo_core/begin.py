@@ -13,11 +13,12 @@ from typing import Any
 import transformers
 from safetensors import safe_open
 
-from npo_core import testbed
+from npo_core import shapes, testbed
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, prompts_digest
 from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt
 from npo_core.lora import has_adapter, merge
-from npo_core.prompts import encode, load_source, to_arrow
+from npo_core.pictures import PROCESSOR_FILES, PictureEncoder, require_supported
+from npo_core.prompts import encode, load_pictures, load_source, to_arrow
 from npo_core.run_config import keep_config
 from npo_core.store import open_store
 from npo_core.verifiers.kinds import load_verifier
@@ -82,6 +83,8 @@ def starting_model(config: Config, scratch: Path) -> Path:
         return merge(weights, scratch / "merged") if has_adapter(weights) else weights
     if config.model.path == "testbed":
         return testbed.model_dir()
+    if config.model.path == "shapes":
+        return shapes.model_dir()
     path = Path(config.model.path).expanduser()
     if path.is_dir():
         return path
@@ -94,7 +97,7 @@ def starting_model(config: Config, scratch: Path) -> Path:
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigurationError(
-            f"model.path {config.model.path!r} is neither `testbed`, nor a directory, nor a hub name that can be "
+            f"model.path {config.model.path!r} is none of testbed, shapes, a directory and a hub name that can be "
             f"downloaded ({type(error).__name__}); check the spelling or download it first"
         ) from error
 
@@ -129,7 +132,18 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     model_dir = starting_model(config, scratch / "source")
     train, held_out = load_source(config)
     tokenizer_dir = scratch / "tokenizer"
-    _usable_tokenizer(model_dir, train[0]).save_pretrained(tokenizer_dir)
+    tokenizer = _usable_tokenizer(model_dir, train[0])
+    tokenizer.save_pretrained(tokenizer_dir)
+    for name in PROCESSOR_FILES:
+        if (model_dir / name).exists():
+            shutil.copyfile(model_dir / name, tokenizer_dir / name)
+    pictures = load_pictures(config)
+    if pictures:
+        require_supported(config)
+        for prompt in (*train, *held_out):
+            if prompt.image_refs:
+                PictureEncoder(model_dir, pictures.__getitem__).encode(tokenizer, prompt)
+                break
     digests = {
         "model_digest": weights_digest(model_dir),
         "tokenizer_digest": digest_json(
@@ -152,6 +166,7 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     )
     # Before prompts and model are written: those of a refused configuration would stand in the run's place.
     require_same_recipe(run, record, config)
+    run.put_pictures(pictures)
     run.put_prompts(prompts)
     # These two and no more: a directory may hold notes on how its own weights were made.
     for name in ("config.json", "generation_config.json"):

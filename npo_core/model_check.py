@@ -71,10 +71,12 @@ def _directory(path: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    from npo_core import testbed
+    from npo_core import shapes, testbed
 
     if path == "testbed":
         return testbed.model_dir()
+    if path == "shapes":
+        return shapes.model_dir()
     local = Path(path).expanduser()
     if local.is_dir():
         return local
@@ -84,7 +86,7 @@ def _directory(path: str) -> Path | None:
         cached = try_to_load_from_cache(path, "config.json")
     except HFValidationError as error:
         raise ConfigurationError(
-            f"model.path {path!r} is neither `testbed`, nor a directory, nor a hub name; check the spelling"
+            f"model.path {path!r} is none of testbed, shapes, a directory and a hub name; check the spelling"
         ) from error
     return Path(cached).parent if isinstance(cached, str) else None
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from npo_core import testbed
+from npo_core import shapes, testbed
 from npo_core.interfaces import Prompt
 from npo_core.streams import philox
 from schemas.config import Config
@@ -44,6 +44,11 @@ class PromptTable:
             raise ValueError("two prompts share a prompt_id")
         if not 0 < prompts_per_step <= len(self._train):
             raise ValueError(f"prompts_per_step {prompts_per_step} is not between 1 and the pool's {len(self._train)}")
+
+    @property
+    def pictured(self) -> bool:
+        """Whether any prompt shows a picture."""
+        return bool(pc.any(pc.greater(pc.list_value_length(self._table["image_refs"]), 0)).as_py())
 
     def get(self, prompt_id: str) -> Prompt:
         """See `PromptSource.get`."""
@@ -118,5 +123,22 @@ def load_source(config: Config) -> tuple[list[Prompt], list[Prompt]]:
         case "testbed":
             data = config.data
             return testbed.make_prompts(
+                data.prompts, data.held_out, data.min_length, data.max_length, seed=data.pool_seed
+            )
+        case "shapes":
+            data = config.data
+            return shapes.make_prompts(
+                data.prompts, data.held_out, data.min_length, data.max_length, seed=data.pool_seed
+            )
+
+
+def load_pictures(config: Config) -> Mapping[str, bytes]:
+    """The picture files that the prompts of `load_source` show, by their SHA-256."""
+    match config.data.source:
+        case "testbed":
+            return {}
+        case "shapes":
+            data = config.data
+            return shapes.draw_pictures(
                 data.prompts, data.held_out, data.min_length, data.max_length, seed=data.pool_seed
             )

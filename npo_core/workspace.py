@@ -24,6 +24,7 @@ from npo_core.artifacts import RunArtifacts
 from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
 from npo_core.interfaces import Generator, LocalCheckpoint, NearFutureError, Prompt, Verdict, Verifier
+from npo_core.pictures import PictureEncoder, require_supported
 from npo_core.policy import Policy, choose_device, device_name
 from npo_core.prompts import PromptTable, encode
 from npo_core.rows import EVERY_ROW, Where, read_rows
@@ -135,9 +136,18 @@ class Workspace:
             ids |= set(eos) if isinstance(eos, list) else {eos}
         return tuple(sorted(i for i in ids if i is not None))
 
+    @cached_property
+    def pictures(self) -> PictureEncoder:
+        """Encodes prompts that show pictures of the run.
+
+        Raises:
+            ConfigurationError: the run's model sees none.
+        """
+        return PictureEncoder(self.model_dir, self.run.picture)
+
     def encode(self, prompt: Prompt) -> np.ndarray:
-        """Token ids of a prompt, int32 [L]."""
-        return encode(self.tokenizer, prompt)
+        """Token ids of a prompt, int32 [L], with its pictures."""
+        return self.pictures.encode(self.tokenizer, prompt) if prompt.image_refs else encode(self.tokenizer, prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion without the token that ended it; a verifier sees all other special tokens."""
@@ -255,6 +265,8 @@ class Workspace:
             yield self.run.checkout(ref, Path(directory), weights_only=weights_only)
 
     def _build(self, model_dir: Path) -> Engine:
+        if self.prompts.pictured:
+            require_supported(self.config)
         engine = Engine.build(self.config, model_dir, self._starting_policy)
         # What runs in a process of its own, on a GPU perhaps, ends with the workspace.
         weakref.finalize(self, engine.close)

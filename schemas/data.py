@@ -12,16 +12,16 @@ from schemas.section import Section
 class DataSection(Section):
     """The prompts."""
 
-    source: Literal["testbed"] = "testbed"
-    """Where the prompts come from."""
+    source: Literal["testbed", "shapes"] = "testbed"
+    """Where the prompts come from: the embedded tasks of the `testbed`, or questions about drawn `shapes`."""
     prompts: int = Field(512, ge=1)
     """Size of the training pool, in prompts."""
     held_out: int = Field(192, ge=1)
     """Size of the held-out set for evaluation, in prompts; disjoint from the pool."""
     min_length: int = Field(4, ge=1, le=12)
-    """Shortest task input, in symbols (testbed)."""
+    """Shortest task input, in symbols (testbed) or cells of the picture (shapes)."""
     max_length: int = Field(12, ge=1, le=12)
-    """Longest task input, in symbols (testbed)."""
+    """Longest task input, in symbols (testbed) or cells of the picture (shapes)."""
     pool_seed: int = Field(0, ge=0)
     """Seed of the pool and the held-out set. Not `run.seed`, so that paired seeds share their prompts."""
 

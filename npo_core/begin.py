@@ -17,7 +17,7 @@ from npo_core import shapes, testbed
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, prompts_digest
 from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt
 from npo_core.lora import has_adapter, merge
-from npo_core.pictures import PROCESSOR_FILES, PictureEncoder, require_supported
+from npo_core.pictures import PROCESSOR_FILES, PictureEncoder, load_processor, require_supported
 from npo_core.prompts import encode, load_pictures, load_source, to_arrow
 from npo_core.run_config import keep_config
 from npo_core.store import open_store
@@ -142,7 +142,7 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
         require_supported(config)
         for prompt in (*train, *held_out):
             if prompt.image_refs:
-                PictureEncoder(model_dir, pictures.__getitem__).encode(tokenizer, prompt)
+                PictureEncoder(load_processor(model_dir), pictures.__getitem__).encode(tokenizer, prompt)
                 break
     digests = {
         "model_digest": weights_digest(model_dir),

@@ -61,20 +61,26 @@ def pictures_of(prompt: np.ndarray) -> tuple[Picture, ...]:
     return prompt.pictures if isinstance(prompt, PicturedPrompt) else ()
 
 
+@dataclass(frozen=True)
+class PictureProcessor:
+    """The part of a model's processor that pictures need."""
+
+    images: Any
+    """transformers' image processor."""
+    token: int
+    """Id of the placeholder token."""
+
+
 class PictureEncoder:
     """Encodes prompts that show pictures.
 
     Args:
-        model_dir: a model directory with `config.json` and the image processor's configuration.
+        processor: the model's.
         read: the bytes of a picture by its reference.
-
-    Raises:
-        ConfigurationError: the model sees no pictures, or its image processor cannot be loaded.
     """
 
-    def __init__(self, model_dir: Path, read: Callable[[str], bytes]) -> None:
-        self._read = read
-        self._processor, self._token = load_processor(model_dir)
+    def __init__(self, processor: PictureProcessor, read: Callable[[str], bytes]) -> None:
+        self._processor, self._read = processor, read
         self._grids: dict[str, Grid] = {}
         self._cut: OrderedDict[str, np.ndarray] = OrderedDict()
 
@@ -85,7 +91,7 @@ class PictureEncoder:
             NearFutureError: the template writes not one placeholder a picture, or a picture cannot be read.
         """
         ids = encode(tokenizer, prompt)
-        places = ids == self._token
+        places = ids == self._processor.token
         if places.sum() != len(prompt.image_refs):
             raise NearFutureError(
                 f"prompt {prompt.prompt_id} has {len(prompt.image_refs)} pictures, but the chat template writes "
@@ -104,7 +110,7 @@ class PictureEncoder:
         if ref not in self._grids:
             self._patches(ref)
         frames, rows, columns = self._grids[ref]
-        return int(frames * rows * columns // self._processor.merge_size**2)
+        return int(frames * rows * columns // self._processor.images.merge_size**2)
 
     def _patches(self, ref: str) -> np.ndarray:
         """The picture, cut; from memory while it is there."""
@@ -112,7 +118,7 @@ class PictureEncoder:
             self._cut.move_to_end(ref)
             return self._cut[ref]
         picture = open_picture(ref, self._read(ref))
-        made = self._processor(images=[picture], return_tensors="np")
+        made = self._processor.images(images=[picture], return_tensors="np")
         frames, rows, columns = (int(size) for size in made["image_grid_thw"][0])
         self._grids[ref] = frames, rows, columns
         cut = self._cut[ref] = np.asarray(made["pixel_values"], np.float32)
@@ -136,8 +142,8 @@ def open_picture(ref: str, data: bytes) -> Image.Image:
         ) from error
 
 
-def load_processor(model_dir: Path) -> tuple[Any, int]:
-    """The image processor of a model directory, and the id of the token that stands for a picture.
+def load_processor(model_dir: Path) -> PictureProcessor:
+    """The image processor of a model directory.
 
     Its Pillow form, wherever torchvision's would run too: one picture is to give the same numbers on every machine.
 
@@ -166,7 +172,7 @@ def load_processor(model_dir: Path) -> tuple[Any, int]:
             f"{config.vision_config.spatial_merge_size}×{config.vision_config.spatial_merge_size}; restore the "
             "processor's configuration that belongs to the model"
         )
-    return processor, int(token)
+    return PictureProcessor(processor, int(token))
 
 
 def require_supported(config: Config) -> None:

@@ -31,6 +31,11 @@ class FoundData:
     train: list[Prompt]
     held_out: list[Prompt]
 
+    @property
+    def pictured(self) -> bool:
+        """Whether any prompt shows a picture."""
+        return any(prompt.image_refs for prompt in (*self.train, *self.held_out))
+
 
 def check_data(config: Config, notes: Notes) -> FoundData | None:
     """Loads the prompts, and counts them."""
@@ -51,6 +56,29 @@ def check_data(config: Config, notes: Notes) -> FoundData | None:
     return FoundData(train, held_out)
 
 
+def check_pictures(config: Config, model: FoundModel | None, data: FoundData, notes: Notes) -> None:
+    """Whether the pictures of the prompts can be shown to the model.
+
+    Raises:
+        ConfigurationError: an engine takes none, or the model sees none.
+    """
+    from npo_core.pictures import require_supported, sees_pictures
+
+    require_supported(config)
+    shown = {ref for prompt in (*data.train, *data.held_out) for ref in prompt.image_refs}
+    if model is None:
+        notes.unchecked(f"{len(shown):,} pictures: the model is not known")
+    elif not sees_pictures(model.config):
+        notes.fail(
+            f"the data hold {len(shown):,} pictures, but model.path names a {model.config.model_type} model, which "
+            "sees none; choose a vision-language model (Qwen3-VL), or data without pictures"
+        )
+    elif model.pictures is None:
+        notes.unchecked(f"{len(shown):,} pictures: there is no image processor to cut them with")
+    else:
+        notes.ok(f"{len(shown):,} pictures, each stored once, for a model that sees")
+
+
 def _question(prompt: Prompt) -> str:
     """What a prompt asks, whatever its identifier."""
     return digest_json([[dict(message) for message in prompt.messages], list(prompt.image_refs)])
@@ -65,7 +93,7 @@ def check_context(config: Config, model: FoundModel | None, data: FoundData | No
     elif data is None:
         notes.unchecked("the longest prompt in tokens: there are no prompts")
     else:
-        longest = _longest(model, data)
+        longest = _longest(config, model, data)
     prompt = longest or 1
     limits = [("the model's positions", None if model is None else model.positions)]
     if config.vllm.samples:
@@ -84,11 +112,17 @@ def check_context(config: Config, model: FoundModel | None, data: FoundData | No
     return longest
 
 
-def _longest(model: FoundModel, data: FoundData) -> int:
-    from npo_core.prompts import encode
+def _longest(config: Config, model: FoundModel, data: FoundData) -> int:
+    from npo_core.pictures import PictureEncoder
+    from npo_core.prompts import encode, load_pictures
 
+    tokenizer, prompts = model.tokenizer, (*data.train, *data.held_out)
+    encoder = PictureEncoder(model.pictures, load_pictures(config).__getitem__) if model.pictures else None
     try:
-        return max(len(encode(model.tokenizer, prompt)) for prompt in (*data.train, *data.held_out))
+        return max(
+            len(encoder.encode(tokenizer, prompt) if encoder and prompt.image_refs else encode(tokenizer, prompt))
+            for prompt in prompts
+        )
     except Exception as error:  # a template raises what it likes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigurationError(

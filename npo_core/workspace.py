@@ -24,7 +24,7 @@ from npo_core.artifacts import RunArtifacts
 from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
 from npo_core.interfaces import Generator, LocalCheckpoint, NearFutureError, Prompt, Verdict, Verifier
-from npo_core.pictures import PictureEncoder, require_supported
+from npo_core.pictures import PictureEncoder, load_processor, require_supported
 from npo_core.policy import Policy, choose_device, device_name
 from npo_core.prompts import PromptTable, encode
 from npo_core.rows import EVERY_ROW, Where, read_rows
@@ -143,7 +143,7 @@ class Workspace:
         Raises:
             ConfigurationError: the run's model sees none.
         """
-        return PictureEncoder(self.model_dir, self.run.picture)
+        return PictureEncoder(load_processor(self.model_dir), self.run.picture)
 
     def encode(self, prompt: Prompt) -> np.ndarray:
         """Token ids of a prompt, int32 [L], with its pictures."""

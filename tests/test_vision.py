@@ -17,7 +17,7 @@ from npo_core.generate import TransformersGenerator
 from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt, SamplingParams, StreamKey, TrainBatch
 from npo_core.learner import TorchLearner
 from npo_core.padding import pad
-from npo_core.pictures import PicturedPrompt, PictureEncoder, pictures_of
+from npo_core.pictures import PicturedPrompt, PictureEncoder, load_processor, pictures_of
 from npo_core.policy import Policy
 from npo_core.shapes.families import draw_pictures, make_prompts
 from npo_core.shapes.model import END, IMAGE, VOCABULARY, ModelSizes, build_model, build_processor, build_tokenizer
@@ -51,7 +51,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encode(model_dir: Path) -> Callable[[Prompt], PicturedPrompt]:
-    encoder = PictureEncoder(model_dir, dict(draw_pictures(*POOL)).__getitem__)
+    encoder = PictureEncoder(load_processor(model_dir), dict(draw_pictures(*POOL)).__getitem__)
     return lambda prompt: encoder.encode(TOKENIZER, prompt)
 
 
@@ -214,14 +214,14 @@ def test_a_text_that_spells_the_placeholder_is_refused(encode: Callable[[Prompt]
 
 
 def test_a_file_that_is_no_picture_is_named(model_dir: Path) -> None:
-    encoder = PictureEncoder(model_dir, lambda ref: b"no picture")
+    encoder = PictureEncoder(load_processor(model_dir), lambda ref: b"no picture")
     with pytest.raises(NearFutureError, match=r"picture [0-9a-f]{12}, 10 bytes, cannot be read as one"):
         encoder.encode(TOKENIZER, make_prompts(*POOL)[0][0])
 
 
 def test_a_model_that_sees_nothing_takes_no_pictures(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"model\.path names a qwen3 model, which sees none"):
-        PictureEncoder(tiny_model_dir(tmp_path), lambda ref: b"")
+        load_processor(tiny_model_dir(tmp_path))
 
 
 def test_lora_is_refused_for_a_model_that_sees(model_dir: Path) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers.utils import logging as transformers_logging
 
 from npo_core.padding import pad
-from npo_core.pictures import PicturedPrompt, PictureEncoder
+from npo_core.pictures import PicturedPrompt, PictureEncoder, load_processor
 from npo_core.shapes.families import FAMILIES, Question
 from npo_core.shapes.model import END, ModelSizes, build_model, build_processor, build_tokenizer
 from npo_core.shapes.scene import COLOURS, GRIDS, draw_scene
@@ -72,7 +72,7 @@ class Demonstrations:
         self.rng = philox("shapes warm start", recipe.seed)
         self.scenes = [draw_scene(GRIDS[n % len(GRIDS)], self.rng) for n in range(recipe.scenes)]
         files = {str(n): scene.draw() for n, scene in enumerate(self.scenes)}
-        self._encoder = PictureEncoder(model_dir, files.__getitem__)
+        self._encoder = PictureEncoder(load_processor(model_dir), files.__getitem__)
 
     def batch(self, step: int) -> tuple[list[PicturedPrompt], list[np.ndarray]]:
         """(prompts, workings with their end token, int32 [T]) of a step."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from npo_core.generate import TransformersGenerator
 from npo_core.interfaces import SamplingParams, StreamKey
-from npo_core.pictures import PicturedPrompt, PictureEncoder
+from npo_core.pictures import PicturedPrompt, PictureEncoder, load_processor
 from npo_core.policy import Policy
 from npo_core.shapes import draw_pictures, make_prompts
 from npo_core.shapes.model import END, VOCABULARY, build_tokenizer
@@ -50,7 +50,7 @@ def measure(model_dir: Path, prompts: int, samples: int, temperature: float, see
     """
     pool = (1, prompts, *LENGTHS, seed)
     held_out, files = make_prompts(*pool)[1], dict(draw_pictures(*pool))
-    encoder, tokenizer = PictureEncoder(model_dir, files.__getitem__), build_tokenizer()
+    encoder, tokenizer = PictureEncoder(load_processor(model_dir), files.__getitem__), build_tokenizer()
     encoded = [encoder.encode(tokenizer, prompt) for prompt in held_out]
     policy = Policy(model_dir, ModelSection(), LearnerSection(device="cpu"))
     generator = TransformersGenerator(policy, max_rows=256)

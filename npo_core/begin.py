@@ -132,18 +132,17 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     model_dir = starting_model(config, scratch / "source")
     train, held_out = load_source(config)
     tokenizer_dir = scratch / "tokenizer"
+    pictures = load_pictures(config)
+    if pictures:
+        require_supported(config)
+        encoder = PictureEncoder(load_processor(model_dir), pictures.__getitem__)
     tokenizer = _usable_tokenizer(model_dir, train[0])
     tokenizer.save_pretrained(tokenizer_dir)
     for name in PROCESSOR_FILES:
         if (model_dir / name).exists():
             shutil.copyfile(model_dir / name, tokenizer_dir / name)
-    pictures = load_pictures(config)
     if pictures:
-        require_supported(config)
-        for prompt in (*train, *held_out):
-            if prompt.image_refs:
-                PictureEncoder(load_processor(model_dir), pictures.__getitem__).encode(tokenizer, prompt)
-                break
+        encoder.encode(tokenizer, next(prompt for prompt in (*train, *held_out) if prompt.image_refs))
     digests = {
         "model_digest": weights_digest(model_dir),
         "tokenizer_digest": digest_json(

@@ -150,7 +150,13 @@ def load_processor(model_dir: Path) -> PictureProcessor:
     Raises:
         ConfigurationError: the model sees no pictures, or the processor cannot be loaded or is of another kind.
     """
-    config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except Exception as error:  # transformers raises what its parsers raise
+        raise ConfigurationError(
+            f"model.path {model_dir}: its config.json cannot be used ({_first_line(error)}); give a complete "
+            "transformers model directory"
+        ) from error
     token = getattr(config, "image_token_id", None)
     if not sees_pictures(config) or token is None:
         raise ConfigurationError(
@@ -161,10 +167,9 @@ def load_processor(model_dir: Path) -> PictureProcessor:
         processor = transformers.AutoImageProcessor.from_pretrained(model_dir, backend="pil", local_files_only=True)
         merge_size = processor.merge_size
     except Exception as error:  # transformers raises what its parsers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigurationError(
-            f"model.path: the image processor of the {config.model_type} model cannot be used ({reason}); give a "
-            "complete model directory of the Qwen-VL family, with preprocessor_config.json"
+            f"model.path: the image processor of the {config.model_type} model cannot be used ({_first_line(error)}); "
+            "give a complete model directory of the Qwen-VL family, with preprocessor_config.json"
         ) from error
     if merge_size != config.vision_config.spatial_merge_size:
         raise ConfigurationError(
@@ -195,3 +200,7 @@ def require_supported(config: Config) -> None:
 def sees_pictures(config: Any) -> bool:
     """Whether a transformers configuration is that of a vision-language model."""
     return getattr(config, "vision_config", None) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from npo_core.artifacts import prompts_digest
 from npo_core.interfaces import ConfigurationError, Prompt, Verifier
-from npo_core.prompts import load_source, to_arrow
+from npo_core.pictures import require_supported
+from npo_core.prompts import load_pictures, load_source, to_arrow
 from npo_core.segment import LegContext
 from npo_core.verifiers.kinds import load_verifier
 from schemas.benchmark import BenchmarkFile
@@ -27,6 +29,8 @@ class Benchmark:
     table: pa.Table
     """The prompts by `schemas.tables.PROMPTS`."""
     verifier: Verifier
+    pictures: Mapping[str, bytes]
+    """Files of the pictures that its prompts show, by their SHA-256."""
 
     def context(self, leg: LegContext) -> LegContext:
         """A leg's context under the benchmark's sampling and verifier."""
@@ -43,10 +47,14 @@ def open_benchmark(file: BenchmarkFile, config: Config) -> Benchmark:
         config: of the run, which gives what the file leaves out.
 
     Raises:
-        ConfigurationError: its prompts cannot be had, or two share an identifier.
+        ConfigurationError: its prompts cannot be had, two share an identifier, or they show pictures to an engine that
+            takes none.
     """
     config = config.model_copy(update={"data": file.data, "verifier": file.verifier})
     train, held_out = load_source(config)
+    pictures = load_pictures(config)
+    if pictures:
+        require_supported(config)
     prompts, verifier, table = [*train, *held_out], load_verifier(config), to_arrow(train, held_out)
     if len({prompt.prompt_id for prompt in prompts}) < len(prompts):
         raise ConfigurationError(f"benchmark {file.name}: two prompts share a prompt_id; give each its own")
@@ -57,4 +65,5 @@ def open_benchmark(file: BenchmarkFile, config: Config) -> Benchmark:
         temperature=config.rollout.temperature if file.temperature is None else file.temperature,
         max_new_tokens=file.max_new_tokens or config.rollout.max_new_tokens,
     )
-    return Benchmark(spec, file.samples or config.evaluation.samples, prompts, table, verifier)
+    samples = file.samples or config.evaluation.samples
+    return Benchmark(spec, samples, prompts, table, verifier, pictures)

@@ -123,14 +123,17 @@ class _Verification:
             table = self.run.prompts()
             self.prompts = PromptTable(table, seed=0, prompts_per_step=1)
             self.pictures = frozenset(picture_refs(table))
-        for ref in sorted(self.pictures):
-            with self.findings.about(layout.picture(ref)):
-                self.run.picture(ref)
+        self._check_pictures(self.pictures)
         with self.findings.about(layout.manifest(layout.MODEL)):
             model = self.run.model()
             if model is None:
                 raise NearFutureError("is missing")
             self.findings.files(model)
+
+    def _check_pictures(self, refs: Collection[str]) -> None:
+        for ref in sorted(refs):
+            with self.findings.about(layout.picture(ref)):
+                self.run.picture(ref)
 
     # ---- lineage
 
@@ -332,6 +335,7 @@ class _Verification:
             prompts = self.findings.table(manifest, folder, "prompts")
             same = prompts is None or prompts_digest(prompts) == manifest.benchmark.prompts_digest
             self.expect(same, key, "its prompts are not those that its identity names", redo(folder))
+            self._check_pictures(() if prompts is None else set(picture_refs(prompts)) - self.pictures)
 
     def _check_signal(self, name: str) -> None:
         folder = layout.signal(name)

@@ -10,7 +10,8 @@ export OMP_NUM_THREADS ?= 1
 
 # A test file's processes take one core, and often wait; more workers want more memory, about 2 GiB each.
 WORKERS ?= 3
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Files begin in the order that tests/conftest.py gives them.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup setup-dev setup-vllm setup-engines demo test check engines bench soak browser clean
 

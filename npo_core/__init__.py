@@ -13,7 +13,7 @@ What lies where:
   progress
 - what engines' processes are run and asked by: supervised, frames
 - vLLM: vllm_generator, vllm_process, vllm_worker, vllm_served, vllm_version, weight_sync
-- DeepSpeed: deepspeed_learner, deepspeed_messages, deepspeed_worker, launch, ranks, zero
+- DeepSpeed: deepspeed_learner, deepspeed_messages, deepspeed_rank, deepspeed_worker, launch, ranks, zero
 - guides: guide, guide_sources, guide_files, shards
 - data and answers: prompts, testbed, verifiers
 - pictures in prompts: pictures, picture_files, vision, shapes

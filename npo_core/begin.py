@@ -65,7 +65,7 @@ def warm_start(workspace: Workspace) -> CheckpointRef:
                     f"{_source(workspace.config)} no longer holds the weights that run {run.uri} began with; restore "
                     "them, or begin another run"
                 )
-            manifest, _ = run.commit_checkpoint(leg.leg_id, 0, target, environment(workspace.config))
+            manifest, _ = run.commit_checkpoint(leg.leg_id, 0, target, environment(workspace.config, "rollout"))
     if run.head() is None:
         run.move_head(None, leg.leg_id)
     return manifest.ref
@@ -171,7 +171,7 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     for name in ("config.json", "generation_config.json"):
         if (model_dir / name).exists():
             shutil.copyfile(model_dir / name, tokenizer_dir / name)
-    run.put_model(tokenizer_dir, environment=environment(config))
+    run.put_model(tokenizer_dir, environment=environment(config, "rollout"))
     return record
 
 

@@ -31,6 +31,12 @@ from schemas.config import Config
 
 logger = logging.getLogger("npo")
 
+LOOK_S = 2.0
+"""How often a wait looks whether the launcher still runs."""
+
+LONGEST_TMPDIR = 80
+"""Bytes. The path of a Unix socket may have 107 on Linux and 103 on macOS, and ours adds `/npo-XXXXXXXX/socket`."""
+
 
 class DeepSpeedLearner:
     """Updates a policy in processes of its own, which start with the first `load`.
@@ -107,15 +113,21 @@ class Group:
     """The ranks, started at once; gone when this process is, or this object.
 
     Their log lines come out while a command is waited for: in the thread, and so under the task, that gave it.
+
+    Raises:
+        ConfigurationError: this machine shows fewer GPUs than `deepspeed.ranks`, or TMPDIR is too long.
+        NearFutureError: the ranks ended before they took commands.
     """
 
     def __init__(self, config: Config) -> None:
+        if choose_device(config.learner.device).type == "cuda":
+            require_gpus(config.deepspeed.ranks, torch.cuda.device_count())
         self.ranks = config.deepspeed.ranks
         directory = tempfile.TemporaryDirectory(prefix="npo-")
         self.session = Path(directory.name)
         (self.session / CONFIG_FILE).write_text(config.model_dump_json())
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(self.session / SOCKET))
+            _bind(listener, directory)
             listener.listen(1)
             self._process = Supervised(launch_command(config.deepspeed, self.session), environment(config))
             os.set_blocking(self._process.output.fileno(), False)
@@ -152,11 +164,14 @@ class Group:
             selector.register(readable, selectors.EVENT_READ)
             selector.register(self._process.output, selectors.EVENT_READ)
             while True:
-                ready = [key.fileobj for key, _ in selector.select()]
+                ready = [key.fileobj for key, _ in selector.select(LOOK_S)]
                 if self._process.output in ready and not self._pass_on():
                     raise self._failure()
                 if readable in ready:
                     return
+                # The output ends with the last process that has it, which need not be the launcher.
+                if not ready and self.ended:
+                    raise self._failure()
 
     def _pass_on(self) -> bool:
         """Logs what the ranks have printed; False if they will print no more."""
@@ -173,7 +188,7 @@ class Group:
         """What went wrong, after the last line of the log."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.output, selectors.EVENT_READ)
-            while selector.select() and self._pass_on():
+            while selector.select(LOOK_S) and self._pass_on():
                 pass
         failures = [json.loads(path.read_text()) for path in self.session.glob(FAILURE.format("*"))]
         # A rank that is left alone fails too, for the others are gone: the launcher knows whose end came first.
@@ -193,6 +208,31 @@ class Group:
             f"the DeepSpeed learner failed: rank {first['rank']} of {self.ranks}: {first['type']}: {first['reason']}; "
             "the log has its traceback"
         )
+
+
+def require_gpus(ranks: int, gpus: int) -> None:
+    """Refuses ranks without a GPU of their own.
+
+    Raises:
+        ConfigurationError: there are fewer.
+    """
+    if ranks > gpus:
+        raise ConfigurationError(
+            f"deepspeed.ranks {ranks} wants {ranks} GPUs, and this machine shows {gpus}; lower it, show more by "
+            "CUDA_VISIBLE_DEVICES, or set learner.device to cpu"
+        )
+
+
+def _bind(listener: socket.socket, directory: tempfile.TemporaryDirectory[str]) -> None:
+    path = Path(directory.name) / SOCKET
+    try:
+        listener.bind(str(path))
+    except OSError as error:
+        directory.cleanup()
+        raise ConfigurationError(
+            f"TMPDIR {tempfile.gettempdir()}: no socket can be made at {path} ({error}); set TMPDIR to a directory "
+            f"that may be written, by a path of at most {LONGEST_TMPDIR} bytes"
+        ) from error
 
 
 def environment(config: Config) -> dict[str, str]:

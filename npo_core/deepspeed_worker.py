@@ -1,7 +1,7 @@
-"""A rank of the DeepSpeed learner: `torchrun … -m npo_core.deepspeed_worker SESSION`.
+"""A rank of the DeepSpeed learner, once `npo_core.deepspeed_rank` watches over it.
 
-SESSION is the directory of `npo_core.deepspeed_learner`: its `config.json`, the socket at which the first rank takes
-commands, and for every rank that fails a `failed-RANK.json`.
+SESSION, its argument, is the directory of `npo_core.deepspeed_learner`: its `config.json`, the socket at which the
+first rank takes commands, and for every rank that fails a `failed-RANK.json`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import json
 import logging
 import os
 import socket
-import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -77,6 +75,9 @@ def serve(session: Path) -> None:
     torch.use_deterministic_algorithms(device.type == "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Inference alone uses it. It would be compiled here, under a lock that a rank killed meanwhile leaves to all later
+    # ones, which then wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(device.type == "cuda")
     worker = Worker(config, ranks)
@@ -93,21 +94,8 @@ def serve(session: Path) -> None:
             ranks.share(b"")
 
 
-def end_with_the_launcher() -> None:
-    """Ends this process when its launcher has ended, however it did: torchrun's ranks are not in its process group."""
-    launcher = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main(session: Path) -> None:
     """Runs a rank; its failure is written down for the learner and goes on to the log."""
-    end_with_the_launcher()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls what torch has renamed, once a layer and step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -122,7 +110,3 @@ def main(session: Path) -> None:
         unfinished.rename(session / FAILURE.format(rank))
         raise
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -36,8 +36,10 @@ class Engine:
 
     def close(self) -> None:
         """Ends the processes that were started for it."""
-        self.frozen.close()
-        self.learner.close()
+        try:
+            self.frozen.close()
+        finally:
+            self.learner.close()
 
     @classmethod
     def build(
@@ -78,7 +80,7 @@ def _vllm(config: Config, policy: Policy) -> VllmGenerator:
     dtype = settings.dtype or config.model.dtype
     exact = dtype == config.model.dtype == "float32"
     tolerance = settings.tolerance or (1e-4 if exact else 0.05)
-    sampler = VllmServed(settings.url) if settings.url else VllmProcess(settings, dtype)
+    sampler = VllmServed(settings.url) if settings.url else VllmProcess(settings, dtype, str(policy.device))
     # On a CPU vLLM keeps its old weights, but takes adapters.
     in_place = policy.device.type != "cpu" or (policy.lora is not None and settings.lora == "adapter")
     if "rollout" in settings.samples and not in_place:

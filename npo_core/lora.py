@@ -81,7 +81,10 @@ class Lora:
             if len(stored) != len(values) or any(
                 name not in values or values[name].shape != p.shape for name, p in self.parameters.items()
             ):
-                raise NearFutureError(f"adapter {file} is of other places or ranks than model.lora says")
+                raise NearFutureError(
+                    f"adapter {file} is of other places or ranks than model.lora says (rank {self.config.r}); give "
+                    "model.lora the rank and targets that its adapter_config.json has, or name another start"
+                )
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 

@@ -6,6 +6,7 @@ the trainer's own forward: vLLM computes no entropy, and scores a prompt at temp
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ import numpy as np
 from npo_core.interfaces import FinishReason, LocalCheckpoint, NearFutureError, Rollouts, SamplingParams, StreamKey
 from npo_core.policy import Policy
 from npo_core.streams import philox, row_seed
-from npo_core.weight_sync import Agreement, Sync, compare, synchronize
+from npo_core.weight_sync import Agreement, Probe, Sync, synchronize
 
 PROBE_PROMPTS, PROBE_LENGTH = 8, 12
+ROUNDING_GROWTH = 8
+"""How much further apart than the fresh engine an engine that was updated in place may be from the trainer."""
 
 
 class Sampler(Protocol):
@@ -68,12 +71,17 @@ class VllmGenerator:
         self.temperature, self.tolerance, self.in_place = temperature, tolerance, in_place
         # The weights that adapters lie beside, which never change, and the engine's adapter.
         self._beside: tempfile.TemporaryDirectory[str] | None = None
+        # The last probe of the engine as it is: an update in place has to change its answers.
+        self._probed: Probe | None = None
+        # How far the fresh engine was from the trainer: by rounding alone.
+        self._rounding = math.inf
 
     def load(self, checkpoint: LocalCheckpoint) -> None:
         """See `Generator.load`.
 
         Raises:
             NearFutureError: the engine does not hold these weights, even after it was started anew.
+            FloatingPointError: they hold NaN or inf.
         """
         self.policy.load_weights(checkpoint.weights)
         if self.policy.lora:
@@ -85,7 +93,7 @@ class VllmGenerator:
         """Gives the engine the policy's weights as they are now, by files.
 
         Raises:
-            NearFutureError: see `load`.
+            NearFutureError, FloatingPointError: see `load`.
         """
         if self.policy.lora and not self.merges:
             if self._beside is None:
@@ -133,27 +141,60 @@ class VllmGenerator:
 
     def close(self) -> None:
         """See `Generator.close`."""
-        self.engine.close()
+        try:
+            self.engine.close()
+        finally:
+            if self._beside is not None:
+                self._beside.cleanup()
+                self._beside = None
 
     def _sync(self, weights: Path) -> None:
-        def anew() -> None:
-            self.engine.close()
+        require_finite(self.policy)
+
+        def start() -> None:
+            self._probed, self._rounding = None, math.inf
             self.engine.fresh(weights)
 
-        fresh = Sync("a fresh engine", lambda: self.engine.fresh(weights))
-        again = Sync("a fresh engine in a fresh process", anew)
+        def anew() -> None:
+            self.engine.close()
+            start()
+
+        fresh = Sync("a fresh engine", start, self.tolerance)
+        again = Sync("a fresh engine in a fresh process", anew, self.tolerance)
         ways = [fresh, again]
         if self.in_place and self.engine.started:
-            ways = [Sync("an update in place", lambda: self.engine.reload(weights)), again]
-        synchronize(ways, self.probe, self.tolerance)
+            tolerance = min(self.tolerance, ROUNDING_GROWTH * self._rounding)
+            ways = [Sync("an update in place", lambda: self.engine.reload(weights), tolerance), again]
+        agreement = synchronize(ways, self.probe)
+        if self._rounding == math.inf:
+            self._rounding = agreement.mean
 
     def probe(self) -> Agreement:
-        """Samples from the engine, after prompts of random tokens, and compares with the policy's forward."""
+        """Samples from the engine, after prompts of random tokens, and compares with the policy's forward and with the
+        engine's answers of the last time."""
         vocabulary = self.policy.model.config.vocab_size
         prompts = list(philox("probe").integers(0, vocabulary, (PROBE_PROMPTS, PROBE_LENGTH)).astype(np.int32))
         params = SamplingParams(self.temperature, PROBE_LENGTH, ())
         ids, logprobs = self.engine.sample(prompts, params, range(len(prompts)))
-        return compare(logprobs, self.policy.log_probs(prompts, ids, self.temperature)[0])
+        before, self._probed = (
+            self._probed,
+            Probe(ids, logprobs, self.policy.log_probs(prompts, ids, self.temperature)[0]),
+        )
+        return self._probed.agreement(before)
+
+
+def require_finite(policy: Policy) -> None:
+    """Refuses weights that no engine could be shown to hold.
+
+    Raises:
+        FloatingPointError: names the first parameter that holds NaN or inf.
+    """
+    for name, parameter in policy.model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise FloatingPointError(
+                f"the policy's weights hold NaN or inf, in {name}; start from a sound checkpoint, and lower "
+                "learner.learning_rate if it diverged"
+            )
 
 
 class VllmRollouts:

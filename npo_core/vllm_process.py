@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
+import os
 import socket
 import threading
 from collections import deque
@@ -32,6 +33,7 @@ ENVIRONMENT = {
     # Ours would hide vLLM's own packages.
     "PYTHONPATH": "",
 }
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's `max_lora_rank`."""
 LAST_LINES = 20
@@ -44,10 +46,11 @@ class VllmProcess:
     Args:
         settings: the section `vllm`.
         dtype: type of the weights.
+        device: the trainer's, as torch has it: `cpu`, `cuda` or `cuda:N`; vLLM takes the same.
     """
 
-    def __init__(self, settings: VllmSection, dtype: str) -> None:
-        self.settings, self.dtype = settings, dtype
+    def __init__(self, settings: VllmSection, dtype: str, device: str) -> None:
+        self.settings, self.dtype, self.device = settings, dtype, device
         self._process: Supervised | None = None
         self._socket: socket.socket | None = None
         self._loaded = False
@@ -127,12 +130,13 @@ class VllmProcess:
 
     def _start(self) -> None:
         python = interpreter(self.settings)
+        gpus = visible_devices(self.device, self.settings.tensor_parallel_size, os.environ)
         ours, theirs = socket.socketpair()
         with theirs:
             # -P: the directory of the script is no place to import from.
             self._process = Supervised(
                 [str(python), "-P", str(WORKER), str(theirs.fileno())],
-                ENVIRONMENT,
+                ENVIRONMENT | gpus,
                 pass_fds=[theirs.fileno()],
             )
         self._socket = ours
@@ -172,6 +176,33 @@ class VllmProcess:
                 "holds its options"
             )
         return reply, given
+
+
+def visible_devices(device: str, count: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """What makes a child take this device and those after it: a program that knows of no choice takes the first that
+    it sees.
+
+    Args:
+        device: `cpu`, which changes nothing; `cuda`, the first that we see; `cuda:N`.
+        count: how many.
+        environment: ours, which may hide devices or name them in another order.
+
+    Raises:
+        ConfigurationError: our environment shows fewer.
+    """
+    if not device.startswith("cuda"):
+        return {}
+    first = int(device.partition(":")[2] or 0)
+    wanted = range(first, first + count)
+    if VISIBLE not in environment:
+        return {VISIBLE: ",".join(map(str, wanted))}
+    seen = environment[VISIBLE].split(",")
+    if wanted.stop > len(seen):
+        raise ConfigurationError(
+            f"vLLM takes vllm.tensor_parallel_size {count} GPUs, from learner.device {device} on, but {VISIBLE} "
+            f"{environment[VISIBLE]} shows {len(seen)}; show more, or choose another device or fewer"
+        )
+    return {VISIBLE: ",".join(seen[first : wanted.stop])}
 
 
 def interpreter(settings: VllmSection) -> Path:

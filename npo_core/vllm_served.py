@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from npo_core.interfaces import NearFutureError, SamplingParams
 
 REQUESTS_AT_ONCE = 64
 TIMEOUT_S = 600.0
+T = TypeVar("T")
 
 
 class VllmServed:
@@ -36,7 +38,7 @@ class VllmServed:
 
     def fresh(self, model_dir: Path) -> None:
         """Finds out what it serves; it cannot be given these weights, and the probe tells whether it has them."""
-        self._model = self._ask("/v1/models")["data"][0]["id"]
+        self._model = self._ask("/v1/models", lambda reply: str(reply["data"][0]["id"]))
 
     def reload(self, model_dir: Path) -> None:
         """As `fresh`."""
@@ -49,15 +51,14 @@ class VllmServed:
         per_prompt = len(seeds) // len(prompts)
         rows = [prompt.tolist() for prompt in prompts for _ in range(per_prompt)]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            choices = list(pool.map(lambda row, seed: self._complete(row, seed, params), rows, seeds))
-        ids = [np.array(choice["token_ids"], np.int32) for choice in choices]
-        return ids, [np.array(choice["logprobs"]["token_logprobs"], np.float32) for choice in choices]
+            completed = list(pool.map(lambda row, seed: self._complete(row, seed, params), rows, seeds))
+        return [ids for ids, _ in completed], [logprobs for _, logprobs in completed]
 
     def close(self) -> None:
         """Nothing of it is ours."""
         self._model = None
 
-    def _complete(self, prompt: list[int], seed: int, params: SamplingParams) -> dict[str, Any]:
+    def _complete(self, prompt: list[int], seed: int, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
         request = {
             "model": self._model,
             "prompt": prompt,
@@ -76,16 +77,39 @@ class VllmServed:
             "min_p": 0.0,
             "repetition_penalty": 1.0,
         }
-        return self._ask("/v1/completions", request)["choices"][0]
+        return self._ask("/v1/completions", _completion, request)
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _ask(self, path: str, read: Callable[[Any], T], body: dict[str, Any] | None = None) -> T:
+        """What `read` finds in the reply."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-                return json.load(answer)
+                reply = answer.read()
         except urllib.error.HTTPError as error:
-            reason = f"answers {error.code}: {error.read(500).decode(errors='replace')}"
-        except (OSError, ValueError) as error:
-            reason = f"does not answer ({error})"
-        raise NearFutureError(f"vllm.url {self.url}{path} {reason}; start `vllm serve` there, or leave vllm.url out")
+            said = error.read(500).decode(errors="replace")
+            raise self._refused(path, f"answers {error.code}: {said}") from error
+        except urllib.error.URLError as error:
+            raise self._refused(path, f"does not answer ({error.reason})") from error
+        except (OSError, HTTPException, ValueError) as error:
+            raise self._refused(path, f"does not answer ({str(error) or type(error).__name__})") from error
+        try:
+            return read(json.loads(reply))
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            shown = reply[:200].decode(errors="replace")
+            raise self._refused(
+                path, f"answers what vLLM would not ({type(error).__name__}: {error}): {shown}"
+            ) from error
+
+    def _refused(self, path: str, reason: str) -> NearFutureError:
+        return NearFutureError(f"vllm.url {self.url}{path} {reason}; start `vllm serve` there, or leave vllm.url out")
+
+
+def _completion(reply: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, log-probabilities) of the one completion of a reply."""
+    choice = reply["choices"][0]
+    ids = np.array(choice["token_ids"], np.int32)
+    logprobs = np.array(choice["logprobs"]["token_logprobs"], np.float32)
+    if ids.ndim != 1 or ids.shape != logprobs.shape or not len(ids):
+        raise ValueError(f"{ids.shape} token ids and {logprobs.shape} log-probabilities")
+    return ids, logprobs

@@ -6,6 +6,7 @@ import json
 import subprocess
 import urllib.request
 from functools import cache
+from http.client import HTTPException
 
 from npo_core.vllm_process import interpreter
 from schemas.vllm import VllmSection
@@ -41,5 +42,5 @@ def _served(url: str) -> str | None:
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/version", timeout=TIMEOUT_S) as answer:
             return str(json.load(answer)["version"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, HTTPException, ValueError, LookupError, TypeError):
         return None

@@ -61,7 +61,7 @@ class Worker:
             **header["options"],
         )
         self._take_adapter(header)
-        return {"vllm": vllm.__version__}, {}
+        return {}, {}
 
     def reload(self, header: dict[str, Any], _: Arrays) -> tuple[dict[str, Any], Arrays]:
         """The weights of `model` into the engine that there is. It may fail to take them without saying so: whoever

@@ -297,11 +297,11 @@ def require_same_terms(guide: GuideManifest, record: RunRecord) -> None:
             )
 
 
-def environment(config: Config, sampled: Sampled = "rollout") -> dict[str, str]:
+def environment(config: Config, sampled: Sampled | None) -> dict[str, str]:
     """Fingerprint of what computes: shown beside an artifact, not part of any identity.
 
     Args:
-        sampled: the work whose sampler stands in it.
+        sampled: the work whose sampler stands in it; None for work that transformers always sample.
     """
     learner = config.learner
     return {

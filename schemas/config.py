@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -16,7 +15,7 @@ from schemas.learner import LearnerSection
 from schemas.model import ModelSection
 from schemas.section import Section
 from schemas.sharding import ShardingSection
-from schemas.urls import WITHOUT_CREDENTIALS, without_credentials
+from schemas.urls import WITHOUT_CREDENTIALS, plain_address, without_credentials
 from schemas.verifier import VerifierSection
 from schemas.vllm import VllmSection
 
@@ -55,12 +54,7 @@ class RunSection(Section):
     @field_validator("public_url")
     @classmethod
     def _is_plain_address(cls, value: str | None) -> str | None:
-        # The message leaves the value out, which may hold a secret.
-        if value is not None and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value):
-            raise ValueError(
-                "it is no plain address; give http(s)://HOST/PATH without user, password, query and spaces"
-            )
-        return value
+        return value if value is None else plain_address(value)
 
 
 class RolloutSection(Section):
@@ -202,6 +196,11 @@ class Config(Section):
             )
         if self.learner.engine == "deepspeed":
             yield from self._beyond_deepspeed()
+        if self.vllm.samples and self.vllm.url is None and (self.vllm.dtype or self.model.dtype) == "float64":
+            yield (
+                f"model.dtype float64 is none of vLLM's, and vllm.samples holds {', '.join(self.vllm.samples)}; set "
+                "vllm.dtype to float32, or leave vllm.samples empty"
+            )
         if "rollout" in self.vllm.samples and self.vllm.url is not None:
             yield (
                 f"vllm.samples holds rollout, but the server at vllm.url {self.vllm.url} takes no new weights after a "

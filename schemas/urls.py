@@ -24,3 +24,14 @@ def without_credentials(url: str) -> str:
             "the URL holds credentials; give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the AWS files"
         )
     return url
+
+
+def plain_address(url: str) -> str:
+    """The address of a server, which is stored and shown to people.
+
+    Raises:
+        ValueError: it holds more than host, port and path. The message leaves it out, for it may hold a secret.
+    """
+    if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", url):
+        raise ValueError("it is no plain address; give http(s)://HOST/PATH without user, password, query and spaces")
+    return url

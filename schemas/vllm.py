@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from schemas.section import Section
-from schemas.urls import without_credentials
+from schemas.urls import plain_address
 
 
 class VllmSection(Section):
@@ -30,7 +30,7 @@ class VllmSection(Section):
     gpu_memory_utilization: float = Field(0.3, gt=0, le=1)
     """Share of the GPU's memory that vLLM takes beside the trainer."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs that share the model."""
+    """GPUs that share the model: `learner.device` and those after it."""
     enforce_eager: bool = True
     """No CUDA graphs: slower to sample, faster to start."""
     lora: Literal["merged", "adapter"] = "merged"
@@ -42,5 +42,5 @@ class VllmSection(Section):
 
     @field_validator("url")
     @classmethod
-    def _no_credentials(cls, value: str | None) -> str | None:
-        return value if value is None else without_credentials(value)
+    def _is_plain_address(cls, value: str | None) -> str | None:
+        return value if value is None else plain_address(value)

@@ -76,7 +76,7 @@ def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) 
     start, epoch = parent.step, None
     if leg.kind in MAIN_LINE_KINDS:
         epoch = opened.run.require_tip(leg.leg_id).epoch
-    fingerprint = environment(opened.config)
+    fingerprint = environment(opened.config, "rollout")
     left = opened.run.checkpoint(leg.leg_id, stop)
     if left is not None and (found := opened.run.rows_behind(left, start)) is not None:
         # A process died between the checkpoint and its segment.

@@ -44,4 +44,4 @@ def measure_signal(
             pool,
             lambda done: bar(done, {}),
         )
-    return opened.run.commit_signal(spec, study.table, study.tokens, environment(opened.config))
+    return opened.run.commit_signal(spec, study.table, study.tokens, environment(opened.config, None))

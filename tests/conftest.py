@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 if TYPE_CHECKING:
@@ -17,6 +19,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Deadlines measure how busy the machine is.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: one that begins last would keep one worker busy while the others wait."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -32,12 +40,39 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
 
 
 @pytest.fixture(scope="session")
-def autonpo_run(tmp_path_factory: pytest.TempPathFactory, prefect_server: dict[str, str]) -> str:
-    """URI of a finished run of AutoNPO on the testbed that intervened twice."""
-    from tests.command import autonpo_arguments, last_json, npo
+def shared_by_workers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all workers of this session see."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
 
-    arguments = autonpo_arguments(tmp_path_factory.mktemp("autonpo"), "demo")
-    return str(last_json(npo(*arguments, "--json", env=prefect_server))["run"])
+
+@pytest.fixture(scope="session")
+def npo_run(shared_by_workers: Path, prefect_server: dict[str, str]) -> str:
+    """URI of a finished run of NPO on the testbed, to be read only."""
+    from tests.command import run_arguments
+
+    return made_once(
+        shared_by_workers / "npo", lambda store: run_arguments("testbed-npo", store, "demo"), prefect_server
+    )
+
+
+@pytest.fixture(scope="session")
+def autonpo_run(shared_by_workers: Path, prefect_server: dict[str, str]) -> str:
+    """URI of a finished run of AutoNPO on the testbed that intervened twice, to be read only."""
+    from tests.command import autonpo_arguments
+
+    return made_once(shared_by_workers / "autonpo", lambda store: autonpo_arguments(store, "demo"), prefect_server)
+
+
+def made_once(store: Path, arguments: Callable[[Path], list[str]], server: dict[str, str]) -> str:
+    """URI of the run in a store that one worker makes while the others wait for it."""
+    from tests.command import last_json, npo
+
+    made = store.with_suffix(".uri")
+    with FileLock(store.with_suffix(".lock")):
+        if not made.exists():
+            made.write_text(last_json(npo(*arguments(store), "--json", env=server))["run"])
+        return made.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -199,10 +199,18 @@ def test_a_required_key_is_named(load: Any) -> None:
         (["algorithm.method=grpo"], "set algorithm.method to npo or remove the interventions"),
         (["future.interventions.0.window=21"], "starts inside the window [0, 21) of the one before it"),
         (["run.total_steps=39"], "the window [20, 40) ends after run.total_steps 39; raise run.total_steps"),
+        (
+            ["model.dtype=float64", "vllm.samples=[guide]"],
+            "model.dtype float64 is none of vLLM's, and vllm.samples holds guide; set vllm.dtype to float32",
+        ),
     ],
 )
 def test_sections_that_disagree_are_told_with_both_values(load: Any, overrides: list[str], said: str) -> None:
     assert said in refusal(load, *overrides)
+
+
+def test_float64_is_sampled_by_vllm_in_another_type(load: Any) -> None:
+    assert load(BASE, "model.dtype=float64", "vllm.samples=[guide]", "vllm.dtype=float32").vllm.samples == ("guide",)
 
 
 def test_all_disagreements_are_told_at_once(load: Any) -> None:
@@ -316,17 +324,19 @@ def test_only_what_changes_the_numbers_is_in_the_recipe(load: Any) -> None:
         assert same == (path in NO_RECIPE), path
 
 
+@pytest.mark.parametrize("field", ["run.public_url", "vllm.url"])
 @pytest.mark.parametrize("url", ["https://runs.example/store", "http://127.0.0.1:8080"])
-def test_a_public_url_is_an_address_for_browsers(load: Any, url: str) -> None:
-    assert load(BASE, f"run.public_url={url}").run.public_url == url
+def test_a_servers_url_is_a_plain_address(load: Any, field: str, url: str) -> None:
+    assert dict(leaves(load(BASE, f"{field}={url}")))[field] == url
 
 
+@pytest.mark.parametrize("field", ["run.public_url", "vllm.url"])
 @pytest.mark.parametrize(
     "url", ["s3://bucket", "runs.example", "https://me:secret@runs.example", "https://runs.example/?token=secret"]
 )
-def test_any_other_public_url_is_refused(load: Any, url: str) -> None:
+def test_any_other_url_of_a_server_is_refused(load: Any, field: str, url: str) -> None:
     with pytest.raises(
-        ConfigurationError, match=r"run\.public_url.*give http\(s\)://HOST/PATH without user"
+        ConfigurationError, match=rf"{re.escape(field)}.*give http\(s\)://HOST/PATH without user"
     ) as refused:
-        load(BASE, f"run.public_url={url}")
+        load(BASE, f"{field}={url}")
     assert "secret" not in str(refused.value)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,21 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from npo_core.deepspeed_learner import DeepSpeedLearner
 from npo_core.interfaces import LocalCheckpoint, NearFutureError
-from npo_core.learner import TorchLearner
+from npo_core.learner import OPTIMIZER_FILE, STATE_FILE, TorchLearner
 from npo_core.padding import rank_batches
 from schemas.config import Config
+from schemas.model import ModelSection
 from tests.command import ROOT
 from tests.test_learner import RATE, batch, config
 from tests.test_sampling_correction import perturbed
 from tests.tiny import VOCAB, tiny_policy
 
-pytestmark = [pytest.mark.engines, pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="no DeepSpeed")]
+pytestmark = pytest.mark.engines
 
 TOLERANCE = 2e-6
 """Relative L2 distance of weights after six steps: float32 sums in another order."""
@@ -42,7 +44,7 @@ def settings(ranks: int, stage: int, **learner: Any) -> Config:
 
 @contextmanager
 def deepspeed(path: Path, settings_: Config) -> Iterator[DeepSpeedLearner]:
-    learner = DeepSpeedLearner(tiny_policy(path), settings_)
+    learner = DeepSpeedLearner(tiny_policy(path, settings_.model.dtype), settings_)
     try:
         yield learner
     finally:
@@ -123,6 +125,30 @@ def test_a_run_goes_on_with_fewer_ranks_and_another_stage(tmp_path: Path) -> Non
     assert distance(tmp_path / "by-6", tmp_path / "torch-6") < TOLERANCE
 
 
+def test_the_float32_weights_behind_bfloat16_ones_go_through_a_checkpoint_bit_by_bit(tmp_path: Path) -> None:
+    from npo_core.zero import MASTER_FILE  # it loads DeepSpeed
+
+    settings_ = settings(1, 2).model_copy(update={"model": ModelSection(dtype="bfloat16")})
+    first = start(tmp_path, settings_)
+    with deepspeed(tmp_path / "ours", settings_) as ours:
+        ours.load(first, RATE)
+        steps(ours, 0, 3)
+        ours.save(tmp_path / "at-3")
+        steps(ours, 3, 6)
+        ours.save(tmp_path / "at-6")
+        ours.load(LocalCheckpoint(tmp_path / "at-3", "0" * 64, 3), RATE)
+        steps(ours, 3, 6)
+        ours.save(tmp_path / "resumed-6")
+    weights, masters = (load_file(tmp_path / "at-3" / name) for name in ("weights/model.safetensors", MASTER_FILE))
+    assert masters.keys() == weights.keys()
+    for name, master in masters.items():
+        assert (master.dtype, weights[name].dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(master.bfloat16(), weights[name])
+    assert any((masters[name] != weights[name].float()).any() for name in masters), "rounding must cost something"
+    for name in ("weights/model.safetensors", OPTIMIZER_FILE, MASTER_FILE, STATE_FILE):
+        assert (tmp_path / "resumed-6" / name).read_bytes() == (tmp_path / "at-6" / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(("ranks", "correction"), [(1, "token-truncated"), (2, "sequence-mask")])
 def test_it_corrects_for_the_sampler_as_torch_does(tmp_path: Path, ranks: int, correction: str) -> None:
     """Metrics too: sums and a maximum over micro-batches and ranks."""
@@ -190,10 +216,28 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
     with deepspeed(tmp_path / "ours", settings_) as ours:
         ours.load(first, RATE)
         group = processes(ours)
-        next(p for p in group if "deepspeed_worker" in shown(p) and p.environ().get("RANK") == "1").kill()
+        next(p for p in group if "deepspeed_rank" in shown(p) and p.environ().get("RANK") == "1").kill()
         with pytest.raises(NearFutureError, match=r"rank 1 of 2 was ended from outside \(exit code -9\)"):
             steps(ours, 0, 1)
         assert ends(group)
+
+
+def test_a_launcher_that_is_killed_while_its_ranks_begin_leaves_none(tmp_path: Path) -> None:
+    settings_ = settings(2, 0)
+    first = start(tmp_path, settings_)
+    with deepspeed(tmp_path / "ours", settings_) as ours, ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(ours.load, first, RATE)
+        ranks: list[psutil.Process] = []
+        while not ranks:
+            assert not loading.done()
+            launchers = [p for p in psutil.Process().children(recursive=True) if "--standalone" in shown(p).split()]
+            ranks = [rank for p in launchers if "supervised" not in shown(p) for rank in p.children()]
+        launcher = ranks[0].parent()
+        assert launcher is not None
+        launcher.kill()
+        with pytest.raises(NearFutureError, match="its launcher was ended from outside"):
+            loading.result(timeout=15)
+        assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
@@ -205,6 +249,18 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
         broken.advantages_B[3] = np.nan
         with pytest.raises(FloatingPointError, match="step 1"):
             ours.step(broken)
+
+
+def test_nothing_is_compiled_whose_lock_a_killed_rank_would_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
+    settings_ = settings(1, 1)
+    first = start(tmp_path, settings_)
+    with deepspeed(tmp_path / "ours", settings_) as ours:
+        ours.load(first, RATE)
+        steps(ours, 0, 1)
+    assert not (tmp_path / "compiled").exists()
 
 
 def test_killed_we_leave_no_process(tmp_path: Path) -> None:

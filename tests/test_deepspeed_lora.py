@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tests.test_deepspeed_learner import TOLERANCE, steps
 from tests.test_learner import RATE, config
 from tests.tiny import tiny_model_dir
 
-pytestmark = [pytest.mark.engines, pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="no DeepSpeed")]
+pytestmark = pytest.mark.engines
 
 
 def settings(ranks: int, stage: int, dtype: str) -> Config:

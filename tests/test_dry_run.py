@@ -298,6 +298,16 @@ def test_a_bucket_is_read_and_left_as_it_was(s3_server: S3Server) -> None:
 # ---- single checks
 
 
+def test_a_hostfile_is_looked_at_whether_or_not_deepspeed_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where it is not installed.
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    found = tried(tmp_path, learner={"engine": "deepspeed"}, deepspeed={"hostfile": "nowhere.txt"})
+    assert {fault.field for fault in found.faults} == {"learner.engine", "deepspeed.hostfile"}
+    assert any("deepspeed.hostfile nowhere.txt cannot be read: No such file" in fault.said for fault in found.faults)
+
+
 def test_wrong_sections_are_told_with_what_the_others_hold(tmp_path: Path) -> None:
     found = tried(
         tmp_path, run={"name": "demo", "total_stps": 3}, rollout={"max_new_tokens": "many"}, model={"path": "./no"}

@@ -46,8 +46,9 @@ def test_evaluations_asked_for_after_a_gc_leave_out_what_it_removed(
 
 
 @pytest.mark.slow
-def test_autonpo_rolls_back_the_same_way_after_a_gc(tmp_path: Path, prefect_server: dict[str, str]) -> None:
-    calm = last_json(npo(*autonpo_arguments(tmp_path / "calm", "demo"), "--json", env=prefect_server))
+def test_autonpo_rolls_back_the_same_way_after_a_gc(
+    tmp_path: Path, prefect_server: dict[str, str], autonpo_run: str
+) -> None:
     # It ends where the monitor warns: what it would roll back to must outlive the gc.
     short = autonpo_arguments(tmp_path / "swept", "demo", run__total_steps=8)
     uri = last_json(npo(*short, "--json", env=prefect_server))["run"]
@@ -56,7 +57,7 @@ def test_autonpo_rolls_back_the_same_way_after_a_gc(tmp_path: Path, prefect_serv
         arguments = autonpo_arguments(tmp_path / "swept", "demo", run__total_steps=total)
         last_json(npo(*arguments, "--json", env=prefect_server))
     assert open_run(uri).tombstones()
-    found, wanted = fingerprint(open_run(uri)), fingerprint(open_run(calm["run"]))
+    found, wanted = fingerprint(open_run(uri)), fingerprint(open_run(autonpo_run))
     assert {part: found[part] for part in SAME} == {part: wanted[part] for part in SAME}
     assert len([d for d in open_run(uri).decisions() if d.intervene]) == 2
     assert npo("verify", uri).returncode == 0
@@ -83,8 +84,9 @@ while live_leases(run):
 
 
 @pytest.mark.slow
-def test_gc_in_a_loop_beside_a_run_that_writes_harms_nothing(tmp_path: Path, prefect_server: dict[str, str]) -> None:
-    calm = last_json(npo(*autonpo_arguments(tmp_path / "calm", "demo"), "--json", env=prefect_server))
+def test_gc_in_a_loop_beside_a_run_that_writes_harms_nothing(
+    tmp_path: Path, prefect_server: dict[str, str], autonpo_run: str
+) -> None:
     uri = str(tmp_path / "swept" / "demo")
     with (tmp_path / "gc.out").open("w") as out, (tmp_path / "gc.err").open("w") as err:
         loop = subprocess.Popen([sys.executable, "-c", GC_LOOP, uri], cwd=ROOT, stdout=out, stderr=err)
@@ -100,7 +102,7 @@ def test_gc_in_a_loop_beside_a_run_that_writes_harms_nothing(tmp_path: Path, pre
     # The last sweep may find the lease given back since the loop saw it.
     assert {why for sweep in swept[:-1] for why in sweep} == {"checkpoint that nothing needs"}
     assert run.tombstones()
-    found, wanted = fingerprint(run), fingerprint(open_run(calm["run"]))
+    found, wanted = fingerprint(run), fingerprint(open_run(autonpo_run))
     assert found == wanted
     assert npo("verify", run.uri).returncode == 0
 

@@ -14,8 +14,9 @@ from schemas.deepspeed import DeepSpeedSection
 
 def test_on_one_machine_torchrun_starts_the_ranks() -> None:
     assert launch_command(DeepSpeedSection(ranks=2), Path("/tmp/session")) == [
+        *("/bin/sh", "-c", 'export NPO_LAUNCHER=$$; exec "$@"', "sh"),
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc_per_node=2", "--module", "npo_core.deepspeed_worker", "/tmp/session"),
+        *("--nproc_per_node=2", "--module", "npo_core.deepspeed_rank", "/tmp/session"),
     ]
 
 
@@ -24,7 +25,7 @@ def test_with_a_hostfile_deepspeeds_launcher_starts_those_of_every_host(tmp_path
     section = DeepSpeedSection(ranks=4, hostfile=str(tmp_path / "hosts"))
     assert launch_command(section, Path("/shared/session")) == [
         *(sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={tmp_path / 'hosts'}", "--num_gpus=4"),
-        *("--master_addr=node-1", "--no_local_rank", "--module", "npo_core.deepspeed_worker", "/shared/session"),
+        *("--master_addr=node-1", "--no_local_rank", "--module", "npo_core.deepspeed_rank", "/shared/session"),
     ]
 
 

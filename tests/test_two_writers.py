@@ -39,10 +39,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, prefect_server: dict[str, str]) -> dict[str, Any]:
+def undisturbed(npo_run: str) -> dict[str, Any]:
     """What one writer leaves."""
-    arguments = run_arguments("testbed-npo", tmp_path_factory.mktemp("alone"), "demo")
-    return fingerprint(open_run(last_json(npo(*arguments, "--json", env=prefect_server))["run"]))
+    return fingerprint(open_run(npo_run))
 
 
 # ---- the head and the manifests
@@ -127,14 +126,15 @@ def test_two_processes_of_one_run_end_with_the_work_of_one(
     assert npo("verify", run.uri).returncode == 0
 
 
-def test_two_processes_of_one_autonpo_run_decide_once(tmp_path: Path, prefect_server: dict[str, str]) -> None:
-    calm = last_json(npo(*autonpo_arguments(tmp_path / "calm", "demo"), "--json", env=prefect_server))
+def test_two_processes_of_one_autonpo_run_decide_once(
+    tmp_path: Path, prefect_server: dict[str, str], autonpo_run: str
+) -> None:
     arguments = [*autonpo_arguments(f"s3://runs/{tmp_path.name}", "demo"), "--json"]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda _: npo(*arguments, env=prefect_server), range(2)))
     assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
     run = open_run(last_json(results[0])["run"])
-    assert fingerprint(run) == fingerprint(open_run(calm["run"]))
+    assert fingerprint(run) == fingerprint(open_run(autonpo_run))
     assert npo("verify", run.uri).returncode == 0
 
 

@@ -52,7 +52,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory, policy: Policy) -> Iterator[VllmGenerator]:
     """A generator that holds the policy."""
-    generator = VllmGenerator(VllmProcess(SETTINGS, "float32"), policy, 0.8, TOLERANCE, in_place=False)
+    generator = VllmGenerator(VllmProcess(SETTINGS, "float32", "cpu"), policy, 0.8, TOLERANCE, in_place=False)
     path = tmp_path_factory.mktemp("checkpoint")
     policy.save_weights(path / "weights")
     generator.load(checkpoint(path))
@@ -116,10 +116,39 @@ def test_a_completion_that_has_no_room_is_told_as_such(started: VllmGenerator) -
         started.sample(prompts_of([20]), 1, long, keys(1, 1))
 
 
+def test_weights_a_small_step_old_are_caught_within_a_tolerance_that_would_pass_them(
+    started: VllmGenerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = started.policy
+    policy.save_weights(tmp_path / "old" / "weights")
+    loose = VllmGenerator(started.engine, policy, PARAMS.temperature, 0.05, in_place=False)
+    loose.load(checkpoint(tmp_path / "old"))
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1 + 1e-4)
+    policy.save_weights(tmp_path / "new" / "weights")
+
+    # An engine that kept all of them.
+    started.engine.reload(tmp_path / "old" / "weights")
+    kept = loose.probe()
+    assert kept.mean < 0.05
+    assert not kept.within(0.05)
+    assert "its answers are those of before" in str(kept)
+
+    # One that kept some.
+    loose.in_place = True
+    with caplog.at_level("INFO", "npo"):
+        loose.load(checkpoint(tmp_path / "new", 1))
+    said = [record.getMessage() for record in caplog.records]
+    assert any("does not hold the trainer's weights after an update in place" in line for line in said)
+    assert any("holds the trainer's weights, by a fresh engine in a fresh process" in line for line in said)
+    assert loose.probe().within(TOLERANCE)
+
+
 def test_a_reload_in_place_that_keeps_the_old_weights_is_caught(
     started: VllmGenerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On CPUs `reload_weights` says that all went well, and vLLM goes on with the old weights."""
+    """On CPUs `reload_weights` says that all went well, and vLLM's linear layers go on with the old weights."""
     policy = started.policy
     torch.manual_seed(1)
     with torch.no_grad():
@@ -128,9 +157,9 @@ def test_a_reload_in_place_that_keeps_the_old_weights_is_caught(
     policy.save_weights(tmp_path / "weights")
 
     engine = started.engine
-    in_place = Sync("an update in place", lambda: engine.reload(tmp_path / "weights"))
+    in_place = Sync("an update in place", lambda: engine.reload(tmp_path / "weights"), TOLERANCE)
     with pytest.raises(NearFutureError, match=r"an update in place: mean \|Δ log p\| [\d.]+e[-+]0[01]"):
-        synchronize([in_place], started.probe, TOLERANCE)
+        synchronize([in_place], started.probe)
 
     # What the generator makes of it where updates in place are thought to work: a fresh engine.
     trusting = VllmGenerator(engine, policy, PARAMS.temperature, TOLERANCE, in_place=True)

@@ -72,7 +72,7 @@ class Testbed:
 @contextmanager
 def vllm(model_dir: Path, policy: Policy) -> Iterator[tuple[VllmGenerator, float, float]]:
     """vLLM with the policy's weights, and the seconds of its first and of its second engine."""
-    generator = VllmGenerator(VllmProcess(CONFIG.vllm, "float32"), policy, 1.0, 1e-4, in_place=False)
+    generator = VllmGenerator(VllmProcess(CONFIG.vllm, "float32", "cpu"), policy, 1.0, 1e-4, in_place=False)
     with tempfile.TemporaryDirectory() as directory:
         policy.save_weights(Path(directory) / "weights")
         checkpoint = LocalCheckpoint(Path(directory), "", 0)

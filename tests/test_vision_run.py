@@ -11,6 +11,7 @@ import pytest
 from npo_core import views
 from npo_core.artifacts import RunArtifacts, open_run
 from npo_core.begin import begin
+from npo_core.benchmarks import open_benchmark
 from npo_core.export import export_checkpoint
 from npo_core.interfaces import ConfigurationError
 from npo_core.picture_files import picture_refs
@@ -22,6 +23,7 @@ from npo_core.tip import main_line_step
 from npo_core.verify import verify_run
 from npo_core.workspace import Workspace
 from schemas import layout
+from schemas.benchmark import BenchmarkFile
 from schemas.config import Config
 from schemas.learner import LearnerSection
 from schemas.model import ModelSection
@@ -141,3 +143,12 @@ def test_pictures_are_those_that_the_prompts_name_and_the_same_each_time(tmp_pat
     assert set(pictures) == {ref for prompt in (*train, *held_out) for ref in prompt.image_refs}
     assert load_pictures(config(tmp_path)) == pictures
     assert not {p.image_refs for p in train} & {p.image_refs for p in held_out}
+
+
+def test_a_benchmark_brings_its_pictures_and_is_refused_by_engines_that_take_none(tmp_path: Path) -> None:
+    data = {"source": "shapes", "prompts": 4, "held_out": 4, "pool_seed": 9}
+    file = BenchmarkFile.model_validate({"name": "more-shapes", "data": data})
+    opened = open_benchmark(file, config(tmp_path))
+    assert sorted(opened.pictures) == picture_refs(opened.table)
+    with pytest.raises(ConfigurationError, match=r"vllm\.samples \[evaluation\] is given token ids alone"):
+        open_benchmark(file, config(tmp_path, vllm={"samples": ["evaluation"]}))

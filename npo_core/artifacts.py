@@ -14,6 +14,7 @@ from npo_core.faults import fault_point
 from npo_core.guide_files import GuideFiles
 from npo_core.interfaces import ConfigurationError, NearFutureError, RecordT, Store
 from npo_core.legs import Legs
+from npo_core.picture_files import PictureFiles
 from npo_core.run_files import Environment, origin
 from npo_core.store import StoreError, open_store, safe_url
 from npo_core.tombstones import removals
@@ -111,7 +112,7 @@ def _saved(run: RunArtifacts) -> dict[int, CheckpointManifest]:
     return line_checkpoints(line, segments, [found for name in names for found in run.checkpoints(name)])
 
 
-class RunArtifacts(Checkpoints, Legs, GuideFiles):
+class RunArtifacts(Checkpoints, Legs, GuideFiles, PictureFiles):
     """The artifacts of one run. Every commit is create-if-absent: what somebody committed first is returned instead.
 
     Args:

@@ -14,10 +14,11 @@ from typing import Any
 import transformers
 from safetensors import safe_open
 
-from npo_core import testbed
+from npo_core import shapes, testbed
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, prompts_digest
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.lora import has_adapter, merge
+from npo_core.pictures import PROCESSOR_FILES, PictureEncoder, load_processor, require_supported
 from npo_core.prompts import counter, to_arrow
 from npo_core.room import require_room
 from npo_core.run_config import keep_config
@@ -88,6 +89,8 @@ def starting_model(config: Config, scratch: Path) -> Path:
         return merge(weights, scratch / "merged") if has_adapter(weights) else weights
     if config.model.path == "testbed":
         return testbed.model_dir()
+    if config.model.path == "shapes":
+        return shapes.model_dir()
     path = Path(config.model.path).expanduser()
     if path.is_dir():
         return path
@@ -100,7 +103,7 @@ def starting_model(config: Config, scratch: Path) -> Path:
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigurationError(
-            f"model.path {config.model.path!r} is neither `testbed`, nor a directory, nor a hub name that can be "
+            f"model.path {config.model.path!r} is none of testbed, shapes, a directory and a hub name that can be "
             f"downloaded ({type(error).__name__}); check the spelling or download it first"
         ) from error
 
@@ -134,9 +137,12 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     """Writes the run's record, and then everything that the record speaks of."""
     model_dir = starting_model(config, scratch / "source")
     model, tokenizer = _usable_parts(model_dir)
-    loaded = _prompts(config, model, tokenizer)
+    loaded = _prompts(config, model_dir, model, tokenizer)
     tokenizer_dir = scratch / "tokenizer"
     tokenizer.save_pretrained(tokenizer_dir)
+    for name in PROCESSOR_FILES:
+        if (model_dir / name).exists():
+            shutil.copyfile(model_dir / name, tokenizer_dir / name)
     digests = {
         "model_digest": weights_digest(model_dir),
         "tokenizer_digest": digest_json(
@@ -160,6 +166,7 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     )
     # Before prompts and model are written: those of a refused configuration would stand in the run's place.
     require_same_recipe(run, record, config)
+    run.put_pictures(loaded.pictures)
     run.put_prompts(prompts)
     # These two and no more: a directory may hold notes on how its own weights were made.
     for name in ("config.json", "generation_config.json"):
@@ -169,14 +176,19 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     return record
 
 
-def _prompts(config: Config, model: Any, tokenizer: Any) -> Loaded:
-    """The prompts, which the model has room for.
+def _prompts(config: Config, model_dir: Path, model: Any, tokenizer: Any) -> Loaded:
+    """The prompts, which the model has room for, and whose pictures it sees.
 
     Raises:
-        ConfigurationError: see `load`, `counter` and `require_room`.
+        ConfigurationError: see `load`, `counter`, `require_room`, `require_supported` and `load_processor`.
     """
     tokens = counter(tokenizer, config.chat)
     loaded = load(config, tokens)
+    if loaded.pictures:
+        require_supported(config)
+        encoder = PictureEncoder(load_processor(model_dir), loaded.pictures.__getitem__)
+        shown = next(prompt for prompt in (*loaded.train, *loaded.held_out) if prompt.image_refs)
+        encoder.encode(tokenizer, shown, config.chat)
     if loaded.report is None:
         try:
             tokens(loaded.train[0])

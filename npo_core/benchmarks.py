@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 
 from npo_core.artifacts import prompts_digest
 from npo_core.interfaces import ConfigurationError, Prompt, Verifier
+from npo_core.pictures import require_supported
 from npo_core.prompts import to_arrow
 from npo_core.room import require_room
 from npo_core.segment import LegContext
@@ -34,6 +36,8 @@ class Benchmark:
     table: pa.Table
     """The prompts by `schemas.tables.PROMPTS`."""
     verifier: Verifier
+    pictures: Mapping[str, bytes]
+    """Files of the pictures that its prompts show, by their SHA-256."""
 
     def context(self, leg: LegContext) -> LegContext:
         """A leg's context under the benchmark's sampling and verifier."""
@@ -54,7 +58,8 @@ def open_benchmark(
         model: transformers' configuration of the run's model; None: its room is not looked at.
 
     Raises:
-        ConfigurationError: its prompts cannot be had, or two share an identifier.
+        ConfigurationError: its prompts cannot be had, two share an identifier, or they show pictures to an engine that
+            takes none.
     """
     rollout = config.rollout.model_copy(
         update={
@@ -69,6 +74,8 @@ def open_benchmark(
             require_room(config, model, loaded.report)
     except ConfigurationError as error:
         raise ConfigurationError(f"benchmark {file.name}: {error}") from error
+    if loaded.pictures:
+        require_supported(config)
     for line in told(loaded.report) if loaded.report else ():
         logger.info("benchmark %s: %s", file.name, line)
     prompts, verifier = [*loaded.train, *loaded.held_out], load_verifier(config)
@@ -82,4 +89,5 @@ def open_benchmark(
         temperature=rollout.temperature,
         max_new_tokens=rollout.max_new_tokens,
     )
-    return Benchmark(spec, file.samples or config.evaluation.samples, prompts, table, verifier)
+    samples = file.samples or config.evaluation.samples
+    return Benchmark(spec, samples, prompts, table, verifier, loaded.pictures)

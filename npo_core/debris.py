@@ -15,8 +15,8 @@ from schemas import layout
 from schemas.records import Lease
 
 Kind = Literal["record", "data", "temporary", "report", "lease", "unknown"]
-"""`record`: prompts and everything that commits, decides or locks, no debris but for a shard's; `data`: a file that a
-manifest of its folder may name."""
+"""`record`: prompts, their pictures, and everything that commits, decides or locks, no debris but for a shard's;
+`data`: a file that a manifest of its folder may name."""
 
 UNCOMMITTED = "data that was never committed"
 
@@ -31,14 +31,17 @@ _ARTIFACT = (
     rf"(?:{_LEG}/segments/\d{{6,}}-\d{{6,}}|{_LEG}/checkpoints/\d{{6,}}|{layout.MODEL}"
     rf"|(?:{layout.GUIDES}|{layout.EVALS}|{layout.SIGNALS})/{_ID}|{_SHARD})"
 )
-_PLAIN = rf"(?:{_LEG}|{layout.DECISIONS}|{layout.REQUESTS}|{layout.REPORTS}|{layout.TOMBSTONES}|{layout.LEASES})"
+_PLAIN = (
+    rf"(?:{_LEG}|{layout.DECISIONS}|{layout.REQUESTS}|{layout.REPORTS}|{layout.TOMBSTONES}|{layout.LEASES}"
+    rf"|{layout.PICTURES})"
+)
 _HASHED = r"[^/.][^/]*-[0-9a-f]{16}\.[A-Za-z0-9]+"
 
 _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     (
         "record",
         re.compile(
-            rf"{re.escape(layout.RUN)}|{re.escape(layout.PROMPTS)}"
+            rf"{re.escape(layout.RUN)}|{re.escape(layout.PROMPTS)}|{layout.PICTURES}/[0-9a-f]{{64}}"
             rf"|\.?(?:{re.escape(layout.HEAD)}|{re.escape(layout.CONFIG)})(?:\.lock)?"
         ),
     ),

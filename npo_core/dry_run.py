@@ -19,7 +19,7 @@ from npo_core.machine_check import (
 )
 from npo_core.model_check import check_model
 from npo_core.plan import Plan, Sizes, make_plan
-from npo_core.run_checks import check_context, check_data, check_packages, check_store, check_verifier
+from npo_core.run_checks import check_context, check_data, check_packages, check_pictures, check_store, check_verifier
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ def dry_run(draft: Draft, machine: Machine) -> DryRun:
     if notes.readable("data", "data", "rollout", "chat"):
         with notes.about("data", "data.source", config.data.source):
             data = check_data(config, model, notes)
+    if data is not None and data.pictured and notes.readable("pictures", "model", "data", "vllm", "learner"):
+        with notes.about("pictures", "data.source", config.data.source):
+            check_pictures(config, model, data, notes)
     if notes.readable("context", "model", "data", "chat", "rollout", "vllm"):
         with notes.about("context", "rollout.max_new_tokens", config.rollout.max_new_tokens):
             longest = check_context(config, model, data, notes)

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from npo_core.interfaces import FinishReason, LocalCheckpoint, Rollouts, SamplingParams, StreamKey
-from npo_core.padding import pad, positions
 from npo_core.policy import Policy
 from npo_core.stops import Stops
 from npo_core.streams import uniforms
@@ -63,23 +62,14 @@ class TransformersGenerator:
     ) -> None:
         model, device = self.policy.model, self.policy.device
         rows, limit = len(prompts) * n, params.max_new_tokens
-        ids_PL, mask_PL = pad(prompts, "left", device)
-        lengths_P = mask_PL.sum(dim=1)
-        width = ids_PL.shape[1]
         model.eval()
 
         cache = DynamicCache(config=model.config)
-        prefill = model(
-            input_ids=ids_PL,
-            attention_mask=mask_PL,
-            position_ids=positions(mask_PL),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        logits_PV, next_P, mask_PL = self.policy.prefill(prompts, cache)
+        width = mask_PL.shape[1]
         cache.batch_repeat_interleave(n)
-        logits_BV = prefill.logits[:, -1].repeat_interleave(n, dim=0)
-        position_B = lengths_P.repeat_interleave(n)
+        logits_BV = logits_PV.repeat_interleave(n, dim=0)
+        position_B = next_P.repeat_interleave(n)
         mask_BL = torch.ones(rows, width + limit, dtype=torch.int64, device=device)
         mask_BL[:, :width] = mask_PL.repeat_interleave(n, dim=0)
         stop_S = torch.tensor(params.stop_ids, dtype=torch.int64, device=device)

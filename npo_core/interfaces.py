@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -39,11 +39,12 @@ class Prompt:
     prompt_id: str
     task: str
     """Task family, for scores by family."""
-    messages: tuple[Mapping[str, str], ...]
-    """Chat messages with `role` and `content`."""
+    messages: tuple[Mapping[str, Any], ...]
+    """Chat messages with `role` and `content`: a text, or parts of type text and image (see `npo_core.pictures`)."""
     answer: str
     """What the verifier compares with."""
     image_refs: tuple[str, ...] = ()
+    """Its pictures, in the order of its image parts: SHA-256 of their files, hexadecimal."""
     metadata: str | None = None
     """What the verifier may need beside the answer: a JSON object, or nothing."""
 
@@ -130,7 +131,7 @@ class TrainBatch:
 
     step: int
     prompt_ids: list[np.ndarray]
-    """int32 [L] a row."""
+    """int32 [L] a row; with pictures a `npo_core.pictures.PicturedPrompt`."""
     completion_ids: list[np.ndarray]
     """int32 [T] a row."""
     advantages_B: np.ndarray
@@ -163,7 +164,7 @@ class Generator(Protocol):
         """Samples n completions a prompt.
 
         Args:
-            prompts: token ids, int32 [L] each.
+            prompts: token ids, int32 [L] each; with pictures a `npo_core.pictures.PicturedPrompt`.
             n: completions a prompt.
             params: temperature, limit and stop tokens.
             streams: one a row, prompt-major, len(prompts)·n of them.

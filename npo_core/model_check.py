@@ -6,13 +6,16 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npo_core.checks import Notes
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.model_shape import ModelShape, model_shape
 from npo_core.room import positions
 from schemas.config import Config
+
+if TYPE_CHECKING:  # it loads transformers
+    from npo_core.pictures import PictureProcessor
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class FoundModel:
     """transformers' configuration."""
     tokenizer: Any | None
     """None: it is not on this machine."""
+    pictures: PictureProcessor | None
+    """None: it sees none, or its image processor is not on this machine."""
     shape: ModelShape | None
     """None: this kind of model has no arithmetic here."""
     positions: int | None
@@ -53,6 +58,7 @@ def check_model(config: Config, notes: Notes) -> FoundModel | None:
         if folder is None:
             return _elsewhere(config, notes)
         model, tokenizer = _read(folder), _tokenizer(folder)
+        pictures = _pictures(folder, model)
         if config.model.start_from is None:
             if next(folder.glob("*.safetensors"), None) is None:
                 notes.warn(
@@ -60,7 +66,7 @@ def check_model(config: Config, notes: Notes) -> FoundModel | None:
                 )
             else:
                 notes.ok(f"configuration and tokenizer of {folder} can be read")
-    return _found(config, notes, model, tokenizer)
+    return _found(config, notes, model, tokenizer, pictures)
 
 
 def _directory(path: str) -> Path | None:
@@ -72,10 +78,12 @@ def _directory(path: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    from npo_core import testbed
+    from npo_core import shapes, testbed
 
     if path == "testbed":
         return testbed.model_dir()
+    if path == "shapes":
+        return shapes.model_dir()
     local = Path(path).expanduser()
     if local.is_dir():
         return local
@@ -85,7 +93,7 @@ def _directory(path: str) -> Path | None:
         cached = try_to_load_from_cache(path, "config.json")
     except HFValidationError as error:
         raise ConfigurationError(
-            f"model.path {path!r} is neither `testbed`, nor a directory, nor a hub name; check the spelling"
+            f"model.path {path!r} is none of testbed, shapes, a directory and a hub name; check the spelling"
         ) from error
     return Path(cached).parent if isinstance(cached, str) else None
 
@@ -100,7 +108,7 @@ def _elsewhere(config: Config, notes: Notes) -> FoundModel | None:
         notes.unchecked(f"{absent}. Its sizes are unknown until then")
         return None
     notes.unchecked(f"{absent}. Its sizes are taken as published, its tokenizer is not looked at")
-    return _found(config, notes, known, None)
+    return _found(config, notes, known, None, None)
 
 
 def _read(folder: Path) -> Any:
@@ -121,6 +129,13 @@ def _tokenizer(folder: Path) -> Any:
         raise _unusable(folder, "tokenizer", error) from error
 
 
+def _pictures(folder: Path, model: Any) -> PictureProcessor | None:
+    from npo_core.pictures import PROCESSOR_FILES, load_processor, sees_pictures
+
+    has_one = any((folder / name).exists() for name in PROCESSOR_FILES)
+    return load_processor(folder) if has_one and sees_pictures(model) else None
+
+
 def _unusable(folder: Path, part: str, error: Exception) -> ConfigurationError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ConfigurationError(
@@ -129,13 +144,15 @@ def _unusable(folder: Path, part: str, error: Exception) -> ConfigurationError:
     )
 
 
-def _found(config: Config, notes: Notes, model: Any, tokenizer: Any | None) -> FoundModel:
+def _found(
+    config: Config, notes: Notes, model: Any, tokenizer: Any | None, pictures: PictureProcessor | None
+) -> FoundModel:
     try:
         shape = model_shape(model.to_dict())
     except NearFutureError as error:
         shape = None
         notes.unchecked(f"memory and storage: {error}")
-    return FoundModel(model, tokenizer, shape, positions(model), _adapters(config, notes, model))
+    return FoundModel(model, tokenizer, pictures, shape, positions(model), _adapters(config, notes, model))
 
 
 def _adapters(config: Config, notes: Notes, model: Any) -> int | None:
@@ -146,6 +163,13 @@ def _adapters(config: Config, notes: Notes, model: Any) -> int | None:
     """
     if config.model.lora is None:
         return None
+    from npo_core.pictures import sees_pictures
+
+    if sees_pictures(model):
+        raise ConfigurationError(
+            f"model.lora is not supported for a {model.model_type} model, which sees pictures: remove the section "
+            "model.lora to train all weights, or use a language model"
+        )
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""A transformers causal language model as training needs it: no full logits, exact load and save."""
+"""A transformers language model, or one that sees too, as training needs it: no full logits, exact load and save."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.logprobs import linear_logprobs
 from npo_core.lora import Lora, base_weights, merged_weights
-from npo_core.padding import length_sorted_batches, pad
+from npo_core.padding import length_sorted_batches, pad, positions
+from npo_core.pictures import sees_pictures
+from npo_core.vision import Vision
 from schemas.learner import LearnerSection
 from schemas.model import ModelSection
 
@@ -35,7 +37,8 @@ class Policy:
 
     Raises:
         NearFutureError: the directory holds no model that transformers can load.
-        ConfigurationError: the model's logits are not a linear map of its last hidden states.
+        ConfigurationError: the model's logits are not a linear map of its last hidden states, or it sees pictures in a
+            way that is not supported.
     """
 
     def __init__(self, path: Path, model: ModelSection, learner: LearnerSection, seed: int = 0) -> None:
@@ -46,6 +49,12 @@ class Policy:
         self.micro_batch_tokens = learner.micro_batch_tokens
         self.chunk_tokens, self.chunk_vocab = learner.chunk_tokens, learner.chunk_vocab
         self.model = self._from_disk(path)
+        self.vision = Vision(self.model) if sees_pictures(self.model.config) else None
+        if self.vision and model.lora:
+            raise ConfigurationError(
+                f"model.lora is not supported for {type(self.model).__name__}, which sees pictures: remove the section "
+                "model.lora to train all weights, or use a language model"
+            )
         self.lora = Lora(self.model, model.lora, seed) if model.lora else None
         if self.lora:
             self.lora.load(path)
@@ -87,6 +96,27 @@ class Policy:
         """Writes a model directory that needs no adapter: with LoRA the adapters are merged into its weights."""
         self._save(path, merged_weights(self.model) if self.lora else None)
 
+    def prefill(self, prompts: Sequence[np.ndarray], cache: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Reads prompts into a KV cache.
+
+        Returns:
+            logits_PV of what follows each prompt; next_P, the position of it; and mask_PL of the left-padded prompts.
+        """
+        ids_PL, mask_PL = pad(prompts, "left", self.device)
+        if self.vision:
+            places = self.vision.place(prompts, mask_PL)
+            hidden_PLH = self.vision.hidden_states(prompts, ids_PL, mask_PL, places, cache)
+            return self.model.get_output_embeddings()(hidden_PLH[:, -1]), places.next_B, mask_PL
+        output = self.model(
+            input_ids=ids_PL,
+            attention_mask=mask_PL,
+            position_ids=positions(mask_PL),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1], mask_PL.sum(dim=1), mask_PL
+
     def token_logps(
         self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,10 +128,13 @@ class Policy:
         lengths = np.array([len(row) for row in completions])
         starts = np.array([len(row) for row in prompts])
         rows = [np.concatenate(pair) for pair in zip(prompts, completions, strict=True)]
-        ids_BL, _ = pad(rows, "right", self.device)
+        ids_BL, mask_BL = pad(rows, "right", self.device)
         self.model.train(self.training)
-        # Right-padded rows need no mask under causal attention: pads come after every real token.
-        hidden_BLH = self.model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        if self.vision:
+            hidden_BLH = self.vision.hidden_states(prompts, ids_BL, mask_BL, self.vision.place(prompts, mask_BL))
+        else:
+            # Right-padded rows need no mask under causal attention: pads come after every real token.
+            hidden_BLH = self.model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
         rows_N = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.device)
         offsets_N = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(self.device)
         places_N = torch.from_numpy(np.repeat(starts, lengths)).to(self.device) + offsets_N
@@ -144,7 +177,9 @@ class Policy:
 
     def _from_disk(self, path: Path) -> Any:
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            kind = AutoModelForImageTextToText if sees_pictures(config) else AutoModelForCausalLM
+            return kind.from_pretrained(
                 path, dtype=self.dtype, attn_implementation=self.attention, use_safetensors=True, local_files_only=True
             )
         except (OSError, ValueError, RuntimeError) as error:
@@ -156,7 +191,7 @@ class Policy:
     @torch.no_grad()
     def _require_linear_head(self) -> None:
         """Some architectures cap or scale their logits; log-probabilities from the head alone would be wrong there."""
-        ids_1L = torch.arange(4, device=self.device)[None] % self.model.config.vocab_size
+        ids_1L = torch.arange(4, device=self.device)[None] % self.model.config.get_text_config().vocab_size
         output = self.model(input_ids=ids_1L, output_hidden_states=False)
         hidden_1LH = self.model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state
         logits_1LV = hidden_1LH @ self.model.get_output_embeddings().weight.T

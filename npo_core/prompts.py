@@ -46,6 +46,11 @@ class PromptTable:
         if not 0 < prompts_per_step <= len(self._train):
             raise ValueError(f"prompts_per_step {prompts_per_step} is not between 1 and the pool's {len(self._train)}")
 
+    @property
+    def pictured(self) -> bool:
+        """Whether any prompt shows a picture."""
+        return bool(pc.any(pc.greater(pc.list_value_length(self._table["image_refs"]), 0)).as_py())
+
     def get(self, prompt_id: str) -> Prompt:
         """See `PromptSource.get`."""
         return self._prompts([self._rows[prompt_id]])[0]

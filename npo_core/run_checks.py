@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from npo_core.checks import Notes
 from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt
 from schemas.config import Config
+from schemas.data import GENERATED
 
 if TYPE_CHECKING:  # it loads transformers
     from npo_core.artifacts import RunArtifacts
@@ -26,8 +27,15 @@ class FoundData:
 
     train: list[Prompt]
     held_out: list[Prompt]
+    pictures: Mapping[str, bytes]
+    """Files of the pictures that they show, by their SHA-256."""
     longest: int | None
     """Tokens of the longest one, where they were counted."""
+
+    @property
+    def pictured(self) -> bool:
+        """Whether any prompt shows a picture."""
+        return any(prompt.image_refs for prompt in (*self.train, *self.held_out))
 
 
 def check_data(config: Config, model: FoundModel | None, notes: Notes) -> FoundData | None:
@@ -47,7 +55,7 @@ def check_data(config: Config, model: FoundModel | None, notes: Notes) -> FoundD
         notes.unchecked(f"{data.path} is a name on the hub; the run downloads it, and then looks at its rows")
         return None
     tokens = None
-    if data.source != "testbed" and model is not None and model.tokenizer is not None:
+    if data.source not in GENERATED and model is not None and model.tokenizer is not None:
         tokens = counter(model.tokenizer, config.chat)
     loaded = load(config, tokens)
     if loaded.report is None:
@@ -57,7 +65,31 @@ def check_data(config: Config, model: FoundModel | None, notes: Notes) -> FoundD
         notes.ok(first)
         for line in others:
             notes.warn(line)
-    return FoundData(loaded.train, loaded.held_out, None if loaded.report is None else loaded.report.longest)
+    longest = None if loaded.report is None else loaded.report.longest
+    return FoundData(loaded.train, loaded.held_out, loaded.pictures, longest)
+
+
+def check_pictures(config: Config, model: FoundModel | None, data: FoundData, notes: Notes) -> None:
+    """Whether the pictures of the prompts can be shown to the model.
+
+    Raises:
+        ConfigurationError: an engine takes none, or the model sees none.
+    """
+    from npo_core.pictures import require_supported, sees_pictures
+
+    require_supported(config)
+    shown = {ref for prompt in (*data.train, *data.held_out) for ref in prompt.image_refs}
+    if model is None:
+        notes.unchecked(f"{len(shown):,} pictures: the model is not known")
+    elif not sees_pictures(model.config):
+        notes.fail(
+            f"the data hold {len(shown):,} pictures, but model.path names a {model.config.model_type} model, which "
+            "sees none; choose a vision-language model (Qwen3-VL), or data without pictures"
+        )
+    elif model.pictures is None:
+        notes.unchecked(f"{len(shown):,} pictures: there is no image processor to cut them with")
+    else:
+        notes.ok(f"{len(shown):,} pictures, each stored once, for a model that sees")
 
 
 def check_context(config: Config, model: FoundModel | None, data: FoundData | None, notes: Notes) -> int | None:
@@ -89,12 +121,19 @@ def check_context(config: Config, model: FoundModel | None, data: FoundData | No
 
 
 def _longest(config: Config, model: FoundModel, data: FoundData) -> int:
+    from npo_core.pictures import PictureEncoder
     from npo_core.prompts import counter
 
     tokens = counter(model.tokenizer, config.chat)
+    encoder = PictureEncoder(model.pictures, data.pictures.__getitem__) if model.pictures else None
     try:
-        return max(tokens(prompt) for prompt in (*data.train, *data.held_out))
-    except ValueError as error:
+        return max(
+            len(encoder.encode(model.tokenizer, prompt, config.chat))
+            if encoder and prompt.image_refs
+            else tokens(prompt)
+            for prompt in (*data.train, *data.held_out)
+        )
+    except (ValueError, NearFutureError) as error:
         raise ConfigurationError(
             f"the model's chat template cannot be used ({error}); give a model that has one"
         ) from error

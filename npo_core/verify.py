@@ -15,6 +15,7 @@ from npo_core.findings import Fault, Findings, redo
 from npo_core.guide import ROWS_AT_ONCE
 from npo_core.interfaces import NearFutureError, Prompt, Verifier
 from npo_core.legs import segment_digest
+from npo_core.picture_files import picture_refs
 from npo_core.prompts import PromptTable
 from npo_core.verify_removals import check_removals
 from schemas import layout
@@ -68,6 +69,8 @@ class _Verification:
         self.findings = Findings(run)
         self.expect = self.findings.expect
         self.prompts: PromptTable | None = None
+        self.pictures: frozenset[str] = frozenset()
+        """Those that the prompts show."""
         self.legs: dict[str, LegRecord] = {}
         self.checkpoints: dict[tuple[str, int], CheckpointManifest] = {}
         self.answers: dict[str, dict[str, list[list[int]]]] = {}
@@ -117,12 +120,20 @@ class _Verification:
         self.expect(same, layout.RUN, problem, "verify with the version that began the run")
         with self.findings.about(layout.PROMPTS):
             # Batches are not asked for here, so their size does not matter.
-            self.prompts = PromptTable(self.run.prompts(), seed=0, prompts_per_step=1)
+            table = self.run.prompts()
+            self.prompts = PromptTable(table, seed=0, prompts_per_step=1)
+            self.pictures = frozenset(picture_refs(table))
+        self._check_pictures(self.pictures)
         with self.findings.about(layout.manifest(layout.MODEL)):
             model = self.run.model()
             if model is None:
                 raise NearFutureError("is missing")
             self.findings.files(model)
+
+    def _check_pictures(self, refs: Collection[str]) -> None:
+        for ref in sorted(refs):
+            with self.findings.about(layout.picture(ref)):
+                self.run.picture(ref)
 
     # ---- lineage
 
@@ -292,6 +303,8 @@ class _Verification:
         for column, wanted in (("leg_id", leg.leg_id), ("verifier", self.record.verifier), ("run_id", self.run.run_id)):
             values = set(table[column].unique().to_pylist())
             self.expect(values == {wanted}, key, f"{column} is {', '.join(sorted(values))}, not {wanted}", remedy)
+        strangers = sorted(set(picture_refs(table)) - self.pictures)
+        self.expect(not strangers, key, f"refers to {len(strangers)} pictures that no prompt shows", remedy)
         answers = self.answers.get(leg.guide_id or "", {})
         mixed = table.filter(pc.not_equal(table["source"], "policy"))
         columns = ["step", "prompt_id", "completion_ids"]
@@ -322,6 +335,7 @@ class _Verification:
             prompts = self.findings.table(manifest, folder, "prompts")
             same = prompts is None or prompts_digest(prompts) == manifest.benchmark.prompts_digest
             self.expect(same, key, "its prompts are not those that its identity names", redo(folder))
+            self._check_pictures(() if prompts is None else set(picture_refs(prompts)) - self.pictures)
 
     def _check_signal(self, name: str) -> None:
         folder = layout.signal(name)

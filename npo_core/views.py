@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -265,4 +265,12 @@ def recent_segments(run: RunArtifacts, leg_id: str, count: int) -> pl.DataFrame:
 def prompt_words(run: RunArtifacts) -> dict[str, str]:
     """What each prompt asks, by `prompt_id`: the contents of its messages, a line each."""
     rows = run.prompts().select(["prompt_id", "messages"]).to_pylist()
-    return {row["prompt_id"]: "\n".join(m["content"] for m in json.loads(row["messages"])) for row in rows}
+    return {row["prompt_id"]: "\n".join(map(message_text, json.loads(row["messages"]))) for row in rows}
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """What a message says to people; a picture is `[picture]`."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] if part["type"] == "text" else "[picture]" for part in content)

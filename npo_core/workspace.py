@@ -24,6 +24,7 @@ from npo_core.artifacts import RunArtifacts
 from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
 from npo_core.interfaces import Generator, LocalCheckpoint, NearFutureError, Prompt, Verdict, Verifier
+from npo_core.pictures import PictureEncoder, load_processor, require_supported
 from npo_core.policy import Policy, choose_device, device_name
 from npo_core.prompts import PromptTable, counter, encode
 from npo_core.rows import EVERY_ROW, Where, read_rows
@@ -146,8 +147,19 @@ class Workspace:
         """Texts that end a completion too."""
         return Stops.of(self.config.chat.stop, self.tokenizer)
 
+    @cached_property
+    def pictures(self) -> PictureEncoder:
+        """Encodes prompts that show pictures of the run.
+
+        Raises:
+            ConfigurationError: the run's model sees none.
+        """
+        return PictureEncoder(load_processor(self.model_dir), self.run.picture)
+
     def encode(self, prompt: Prompt) -> np.ndarray:
-        """Token ids of a prompt, int32 [L]."""
+        """Token ids of a prompt, int32 [L], with its pictures."""
+        if prompt.image_refs:
+            return self.pictures.encode(self.tokenizer, prompt, self.config.chat)
         return encode(self.tokenizer, prompt, self.config.chat)
 
     def tokens(self, prompt: Prompt) -> int:
@@ -271,6 +283,8 @@ class Workspace:
             yield self.run.checkout(ref, Path(directory), weights_only=weights_only)
 
     def _build(self, model_dir: Path) -> Engine:
+        if self.prompts.pictured:
+            require_supported(self.config)
         engine = Engine.build(self.config, model_dir, self._starting_policy, self.model_dir)
         # What runs in a process of its own, on a GPU perhaps, ends with the workspace.
         weakref.finalize(self, engine.close)

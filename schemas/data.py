@@ -9,16 +9,18 @@ from pydantic import Field, model_validator
 
 from schemas.section import Section
 
-Source = Literal["testbed", "jsonl", "parquet", "hf", "reasoning-gym"]
+Source = Literal["testbed", "shapes", "jsonl", "parquet", "hf", "reasoning-gym"]
 HELD_OUT_SHARE = 0.1
-"""Of the rows, where a source other than the testbed names no held-out set."""
+"""Of the rows, where a source that is not generated names no held-out set."""
+GENERATED: tuple[Source, ...] = ("testbed", "shapes")
+"""Sources whose prompts are ours, drawn from a seed."""
 
 _ROWS: tuple[Source, ...] = ("jsonl", "parquet", "hf")
 _ELSEWHERE: tuple[Source, ...] = (*_ROWS, "reasoning-gym")
 BELONGS: dict[str, tuple[Source, ...]] = {
-    "min_length": ("testbed",),
-    "max_length": ("testbed",),
-    "pool_seed": ("testbed",),
+    "min_length": GENERATED,
+    "max_length": GENERATED,
+    "pool_seed": GENERATED,
     "path": _ROWS,
     "columns": _ROWS,
     "template": _ROWS,
@@ -82,8 +84,8 @@ class DataSection(Section):
     """The prompts. They are read once, when the run begins, and frozen with it."""
 
     source: Source = "testbed"
-    """Where the prompts come from: the embedded testbed, rows of yours in JSON Lines or Parquet files or in a data set
-    of the Hugging Face hub, or questions that reasoning-gym generates."""
+    """Where the prompts come from: the embedded testbed, questions about drawn `shapes`, rows of yours in JSON Lines or
+    Parquet files or in a data set of the Hugging Face hub, or questions that reasoning-gym generates."""
     path: str | None = Field(None, min_length=1)
     """A file, a pattern such as `data/*.jsonl`, or a directory with such files; of `hf` a name on the hub or a
     directory. Relative to the working directory."""
@@ -108,22 +110,23 @@ class DataSection(Section):
     """Longest prompt, in tokens, chat template included. None: what the model has room for beside
     `rollout.max_new_tokens`."""
     prompts: int | None = Field(None, ge=1)
-    """Size of the training pool, in prompts: 512 of the testbed; by default all of other sources, else a sample by the
-    prompts' hashes."""
+    """Size of the training pool, in prompts: 512 of the testbed and the shapes; by default all of other sources, else a
+    sample by the prompts' hashes."""
     held_out: int | float | None = Field(None, gt=0)
-    """The held-out set for evaluation, disjoint from the pool: a number of prompts, 192 of the testbed, or below 1 a
-    share, a tenth of other sources. It is chosen by the prompts' hashes: under a share no row changes sides when others
-    are added. With `held_out_path` or `held_out_split` by default all that is there."""
+    """The held-out set for evaluation, disjoint from the pool: a number of prompts, 192 of the testbed and the shapes,
+    or below 1 a share, a tenth of other sources. It is chosen by the prompts' hashes: under a share no row changes
+    sides when others are added. With `held_out_path` or `held_out_split` by default all that is there."""
     held_out_path: str | None = Field(None, min_length=1)
     """Files of the held-out set, as `path` names the others (jsonl, parquet)."""
     held_out_split: str | None = Field(None, min_length=1)
     """Split of the held-out set (hf)."""
     min_length: int = Field(4, ge=1, le=12)
-    """Shortest task input, in symbols (testbed)."""
+    """Shortest task input, in symbols (testbed) or cells of the picture (shapes)."""
     max_length: int = Field(12, ge=1, le=12)
-    """Longest task input, in symbols (testbed)."""
+    """Longest task input, in symbols (testbed) or cells of the picture (shapes)."""
     pool_seed: int = Field(0, ge=0)
-    """Seed of the pool and the held-out set (testbed). Not `run.seed`, so that paired seeds share their prompts."""
+    """Seed of the pool and the held-out set (testbed, shapes). Not `run.seed`, so that paired seeds share their
+    prompts."""
 
     @model_validator(mode="before")
     @classmethod
@@ -131,7 +134,7 @@ class DataSection(Section):
         if not isinstance(values, dict):
             return values
         values = dict(values)
-        if values.get("source", "testbed") == "testbed":
+        if values.get("source", "testbed") in GENERATED:
             sizes: dict[str, int | float] = {"prompts": 512, "held_out": 192}
         elif values.get("held_out_path") is None and values.get("held_out_split") is None:
             sizes = {"held_out": HELD_OUT_SHARE}
@@ -156,8 +159,8 @@ class DataSection(Section):
             yield f"source {self.source} needs path: where the rows are"
         if self.source == "reasoning-gym" and not self.tasks:
             yield "source reasoning-gym needs tasks: [{name: chain_sum, size: 500}], say"
-        if isinstance(self.held_out, float) and (self.held_out >= 1 or self.source == "testbed"):
-            wanted = "a whole number of prompts" + ("" if self.source == "testbed" else ", or a share below 1")
+        if isinstance(self.held_out, float) and (self.held_out >= 1 or self.source in GENERATED):
+            wanted = "a whole number of prompts" + ("" if self.source in GENERATED else ", or a share below 1")
             yield f"held_out {self.held_out} is not {wanted}"
         if self.over_long == "skip" and self.max_prompt_tokens is None:
             yield "over_long skip needs max_prompt_tokens: what is too long"

@@ -12,6 +12,7 @@ EVALS = "evals"
 DECISIONS = "decisions"
 REQUESTS = "requests"
 REPORTS = "reports"
+PICTURES = "pictures"
 SIGNALS = "signals"
 TOMBSTONES = "tombstones"
 LEASES = "leases"
@@ -90,6 +91,11 @@ def tombstone(created_at: str, nonce: str) -> str:
 def lease(writer: str) -> str:
     """Key of a writer's lease."""
     return f"{LEASES}/{writer}.json"
+
+
+def picture(sha256: str) -> str:
+    """Key of a picture that prompts show: its content's hash, so that equal pictures are stored once."""
+    return f"{PICTURES}/{sha256}"
 
 
 def data_file(folder: str, name: str, sha256: str) -> str:

@@ -26,7 +26,8 @@ class ModelSection(Section):
     """The policy that training starts from."""
 
     path: str = "testbed"
-    """`testbed` for the embedded model, or a local directory or hub name of a transformers causal language model."""
+    """`testbed` or `shapes` for an embedded model, or a local directory or hub name of a transformers language model,
+    or of a vision-language model of the Qwen-VL family."""
     start_from: str | None = None
     """`STORE/RUN` or `STORE/RUN@STEP`: take the weights of that checkpoint of a run's main line instead of `path`'s."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"

@@ -29,6 +29,7 @@ TRAJECTORY_ORDER = ("prompt_id", "step", "slot", "source")
 _RUN_ID = _column("run_id", pa.string(), "The run's name.")
 _LEG_ID = _column("leg_id", pa.string(), "The leg that made the row; in a guide's file the guide's id.")
 _TOKENS = pa.list_(pa.int32())
+_PICTURES = "SHA-256 of the prompt's pictures, in order; each file is pictures/{sha256} of the run, once."
 
 TRAJECTORIES = pa.schema(
     [
@@ -86,7 +87,7 @@ TRAJECTORIES = pa.schema(
             nullable=True,
         ),
         _column("text", pa.string(), "The answer for people, without its end token."),
-        _column("image_refs", pa.list_(pa.string()), "Keys of images in the prompt."),
+        _column("image_refs", pa.list_(pa.string()), _PICTURES),
         _column("schema_version", pa.int32(), "Version of these columns."),
     ],
     metadata=_META,
@@ -99,7 +100,7 @@ PROMPTS = pa.schema(
         _column("task", pa.string(), "Task family."),
         _column("messages", pa.string(), 'The conversation as JSON: [{"role": …, "content": …}].'),
         _column("answer", pa.string(), "What the verifier compares with."),
-        _column("image_refs", pa.list_(pa.string()), "Keys of images in the prompt."),
+        _column("image_refs", pa.list_(pa.string()), _PICTURES),
         _column(
             "metadata",
             pa.string(),

@@ -25,8 +25,9 @@ class VerifierSection(Section):
     """What judges answers. But for the testbed's, each verdict is reached in a process that can be killed."""
 
     kind: VerifierKind = "auto"
-    """`auto`: `testbed` and `reasoning-gym` for prompts of these sources, `math-verify` for all others. `exact`: equal
-    but for white space. `numeric`: one number, within `tolerance`. `choice`: one letter. `python`: `function`."""
+    """`auto`: `testbed`, the whole working, for prompts of testbed and shapes, `reasoning-gym` for its own, and for all
+    others `math-verify`. `exact`: equal but for white space. `numeric`: one number, within `tolerance`. `choice`: one
+    letter. `python`: `function`."""
     timeout_s: float = Field(10.0, gt=0, le=3600)
     """Limit of one verdict: CPU seconds, which a busy machine does not use up. What waits instead of computing is ended
     after ten times as long by the clock."""

@@ -131,6 +131,7 @@ def evaluate_policy(run: str, checkpoint: CheckpointRef, benchmark: BenchmarkFil
     with ExitStack() as stack:
         if other is not None:
             stack.callback(other.verifier.close)
+            opened.run.put_pictures(other.pictures)
         bar = stack.enter_context(stage_progress(run, name, len(prompts)))
         evaluation = evaluate_policy(
             context if other is None else other.context(context),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from npo_core import testbed
+from npo_core import shapes, testbed
 from npo_core.interfaces import ConfigurationError, Prompt
 from npo_core.sources import gym
 from npo_core.sources.columns import ColumnMap, EmptyRowError, Mapped, UnusableRowError
 from npo_core.sources.rows import columns_of, read_rows
 from npo_core.sources.split import apart, question_of, split
 from schemas.config import Config
-from schemas.data import DataSection
+from schemas.data import GENERATED, DataSection
 from schemas.records import DataReport, RowFault
 
 FAULTS_SHOWN = 5
@@ -33,7 +33,9 @@ class Loaded:
     train: list[Prompt]
     held_out: list[Prompt]
     report: DataReport | None
-    """None: they are the testbed's."""
+    """None: they are generated."""
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of the pictures that they show, by their SHA-256."""
 
 
 def load(config: Config, tokens: Tokens | None) -> Loaded:
@@ -47,11 +49,8 @@ def load(config: Config, tokens: Tokens | None) -> Loaded:
             `data.bad_rows` or `data.over_long` is `refuse`.
     """
     data = config.data
-    if data.source == "testbed":
-        assert isinstance(data.prompts, int)
-        assert isinstance(data.held_out, int)
-        pool = testbed.make_prompts(data.prompts, data.held_out, data.min_length, data.max_length, seed=data.pool_seed)
-        return Loaded(*pool, None)
+    if data.source in GENERATED:
+        return _generated(data)
     reader = _Reader(data, tokens)
     train = reader.usable(_source(data))
     if data.held_out_path is None and data.held_out_split is None:
@@ -74,14 +73,14 @@ def load(config: Config, tokens: Tokens | None) -> Loaded:
 
 
 def load_all(config: Config, tokens: Tokens | None) -> Loaded:
-    """Every prompt of a source, as `train`: a benchmark's, which holds nothing out. The testbed's in both sets.
+    """Every prompt of a source, as `train`: a benchmark's, which holds nothing out. Generated ones in both sets.
 
     Raises:
         ConfigurationError: see `load`.
     """
     data = config.data
-    if data.source == "testbed":
-        return load(config, tokens)
+    if data.source in GENERATED:
+        return _generated(data)
     reader = _Reader(data, tokens)
     prompts = reader.usable(_source(data))
     if data.prompts is not None:
@@ -92,6 +91,16 @@ def load_all(config: Config, tokens: Tokens | None) -> Loaded:
     if not prompts:
         raise ConfigurationError(f"{report.origin} has no row that can be used{_first(report)}")
     return Loaded(prompts, [], report)
+
+
+def _generated(data: DataSection) -> Loaded:
+    assert isinstance(data.prompts, int)
+    assert isinstance(data.held_out, int)
+    drawn = data.prompts, data.held_out, data.min_length, data.max_length
+    if data.source == "shapes":
+        pictures = shapes.draw_pictures(*drawn, seed=data.pool_seed)
+        return Loaded(*shapes.make_prompts(*drawn, seed=data.pool_seed), None, pictures)
+    return Loaded(*testbed.make_prompts(*drawn, seed=data.pool_seed), None)
 
 
 @dataclass

@@ -24,7 +24,7 @@ class Question:
     """The reference."""
     text: str
     """What the policy wrote."""
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
     metadata: Any = None
     """The prompt's JSON object."""
 

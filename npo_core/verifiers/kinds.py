@@ -14,7 +14,7 @@ from schemas.verifier import VerifierKind, VerifierSection
 if TYPE_CHECKING:
     from schemas.config import Config
 
-_BY_SOURCE: dict[str, VerifierKind] = {"testbed": "testbed", "reasoning-gym": "reasoning-gym"}
+_BY_SOURCE: dict[str, VerifierKind] = {"testbed": "testbed", "shapes": "testbed", "reasoning-gym": "reasoning-gym"}
 _LIBRARIES = {"math-verify": maths.VERSION, "reasoning-gym": gym.VERSION}
 """Kinds that a distribution of the same name judges for, and the version of what is ours in them."""
 _OURS = {"exact": exact.VERSION, "numeric": numeric.VERSION, "choice": choice.VERSION}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from npo_core.interfaces import NearFutureError
 
 CONFIGS = {method: f"deploy/configs/testbed-{method}.yaml" for method in ("grpo", "npo", "autonpo")}
+CONFIGS |= {f"shapes-{method}": f"deploy/configs/shapes-{method}.yaml" for method in ("grpo", "npo")}
 LEARNING_RATES = ("3e-5", "1e-4", "3e-4")
 TUNING_SEEDS = range(100, 105)
 REPORT_SEEDS = range(5)

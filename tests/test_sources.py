@@ -302,6 +302,9 @@ def test_a_held_out_file_is_held_out_and_its_prompts_are_not_trained_on(tmp_path
     assert texts(found.held_out) == [row["prompt"] for row in sums(4, first=8)]
     assert found.report is not None
     assert (found.report.rows, found.report.shared) == (14, 2)
+    other = jsonl(tmp_path / "other.jsonl", [{"prompt": "1?", "result": "1"}])
+    with pytest.raises(ConfigurationError, match=r"'answer' is no column of data\.held_out_path .*other\.jsonl"):
+        loaded(path, held_out_path=str(other))
     # Not even those of the file that are not asked.
     part = loaded(path, held_out_path=str(held_out), held_out=1)
     assert (len(part.held_out), len(part.train)) == (1, 8)

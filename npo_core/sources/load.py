@@ -216,8 +216,8 @@ def _source(data: DataSection, held_out: bool = False) -> Iterator[tuple[str, Ma
                 yield where, partial(gym.question, task, where, entry)
         return
     columns = ColumnMap(data)
-    there = columns_of(data)
-    origin = f"data.path {data.path}"
+    there = None if held_out else columns_of(data)
+    origin = f"data.held_out_path {data.held_out_path}" if held_out and data.held_out_path else f"data.path {data.path}"
     if there is not None:
         columns.require(there, origin)
     known: dict[str, None] = {}

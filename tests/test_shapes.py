@@ -64,6 +64,7 @@ def test_the_shipped_policy_is_the_one_of_its_recipe_and_small() -> None:
     assert document["recipe"] == json.loads(json.dumps(document["recipe"] | WarmStartRecipe().__dict__, default=vars))
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_the_same_each_time_and_lowers_the_loss(tmp_path: Path) -> None:
     recipe = WarmStartRecipe(steps=12, scenes=40, batch=16, warmup_steps=2, sober_steps=6)
     losses: list[float] = []
@@ -72,6 +73,7 @@ def test_a_warm_start_is_the_same_each_time_and_lowers_the_loss(tmp_path: Path) 
     assert losses[5] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_shipped_policy_answers_by_the_picture_that_it_is_shown() -> None:
     """Greedy, on questions that it has not seen: with another picture of the same size it is nearly always wrong."""
     seen = measure(shapes.model_dir(), 120, 1, 0.0)

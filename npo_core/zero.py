@@ -42,8 +42,8 @@ MASTER_FILE = "optimizer/master.safetensors"
 class Forward(torch.nn.Module):
     """`Policy.token_logps` as a module: ZeRO 3 gathers weights where the forward of a module begins.
 
-    Where one rank runs a module, all have to: they gather its weights together, and its gradients. The rows of one may
-    show pictures while another's show none, so rows without any get company, which shows a blank one and counts nothing.
+    Where one rank runs a module, all have to: they gather its weights and its gradients together. The rows of one may
+    show pictures while another's show none: these get a further row, which shows a blank one and counts for nothing.
     """
 
     def __init__(self, policy: Policy) -> None:

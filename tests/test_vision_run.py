@@ -118,7 +118,6 @@ def test_an_exported_checkpoint_is_a_model_that_sees(run: RunArtifacts, tmp_path
     ("sections", "said"),
     [
         ({"vllm": {"samples": ["guide"]}}, r"vllm\.samples \[guide\] is given token ids alone; set it to \[\]"),
-        ({"learner": {"engine": "deepspeed"}}, r"learner\.engine deepspeed .*; set learner\.engine to torch"),
         ({"model": {"lora": {"rank": 2}}}, r"model\.lora trains language models alone; remove the section model\.lora"),
     ],
 )

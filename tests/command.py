@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from npo_core import parquet
 from npo_core.artifacts import RunArtifacts
+from tests.warm_start import WarmParent
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -28,19 +28,18 @@ SMALL = {
 }
 
 
+_parent: WarmParent | None = None
+
+
 def npo(
     *arguments: object, env: Mapping[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Runs `npo` with these arguments to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    global _parent
+    if _parent is None:
+        _parent = WarmParent()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return _parent.run([*map(str, arguments)], environment, timeout)
 
 
 def run_arguments(config: str, store: Path | str, name: str, **overrides: object) -> list[str]:

@@ -53,12 +53,12 @@ class Vision:
                 f"{', '.join(lacking)}), which is not supported; use Qwen3-VL, or a language model"
             )
         self.token = model.config.image_token_id
-        self.tower = model.config.vision_config
+        self._tower = model.config.vision_config
 
     def blank(self) -> PicturedPrompt:
-        """A prompt that shows the smallest picture there is, all grey, for which the tower runs as for any other."""
-        side = self.tower.spatial_merge_size
-        values = self.tower.in_channels * self.tower.temporal_patch_size * self.tower.patch_size**2
+        """A prompt that shows the smallest picture there is, all zeros, for which the tower runs as for any other."""
+        side = self._tower.spatial_merge_size
+        values = self._tower.in_channels * self._tower.temporal_patch_size * self._tower.patch_size**2
         patches = np.zeros((side * side, values), np.float32)
         return PicturedPrompt.of(np.array([self.token]), [Picture("blank", (1, side, side), lambda: patches)])
 

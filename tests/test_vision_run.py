@@ -130,6 +130,11 @@ def test_engines_that_take_no_pictures_are_refused_before_a_run_begins(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_with_pictures_begins_under_deepspeed(tmp_path: Path) -> None:
+    run = begin(config(tmp_path, learner={"engine": "deepspeed"})).run
+    assert run.store.list(layout.PICTURES)
+
+
 def test_a_language_model_is_refused_for_pictures(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="sees none"):
         begin(config(tmp_path, model={"path": "testbed"}))

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from npo_core import frames
-from npo_core.deepspeed_messages import CONFIG_FILE, FAILURE, SOCKET, batch_arrays
+from npo_core.deepspeed_messages import CONFIG_FILE, FAILURE, SOCKET, batch_arrays, row_arrays
 from npo_core.interfaces import ConfigurationError, LocalCheckpoint, NearFutureError, TrainBatch
 from npo_core.launch import launch_command
 from npo_core.policy import Policy, choose_device
@@ -71,8 +71,7 @@ class DeepSpeedLearner:
         self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """See `Learner.log_probs`."""
-        rows = frames.ragged("prompts", prompts, np.int32) | frames.ragged("completions", completions, np.int32)
-        _, arrays = self._running.call({"do": "log_probs"}, rows)
+        _, arrays = self._running.call({"do": "log_probs"}, row_arrays(prompts, completions))
         return frames.rows_of("logps", arrays), frames.rows_of("entropies", arrays)
 
     def step(self, batch: TrainBatch) -> dict[str, float]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from npo_core import frames
-from npo_core.deepspeed_messages import CONFIG_FILE, FAILURE, PAIR, SOCKET, batch_of
+from npo_core.deepspeed_messages import CONFIG_FILE, FAILURE, SOCKET, batch_of, rows_of
 from npo_core.interfaces import LocalCheckpoint
 from npo_core.policy import choose_device
 from npo_core.ranks import Ranks
@@ -48,7 +48,7 @@ class Worker:
             case "step":
                 return frames.pack(self.policy.step(*batch_of(command["step"], arrays)))
             case "log_probs":
-                logps, entropies = self.policy.log_probs(*(frames.rows_of(name, arrays) for name in PAIR))
+                logps, entropies = self.policy.log_probs(*rows_of(arrays))
                 return frames.pack(
                     {}, frames.ragged("logps", logps, np.float32) | frames.ragged("entropies", entropies, np.float32)
                 )

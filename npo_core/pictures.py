@@ -190,8 +190,6 @@ def require_supported(config: Config) -> None:
     faults = []
     if config.vllm.samples:
         faults.append(f"vllm.samples [{', '.join(config.vllm.samples)}] is given token ids alone; set it to []")
-    if config.learner.engine == "deepspeed":
-        faults.append("learner.engine deepspeed hands its ranks token ids alone; set learner.engine to torch")
     if config.model.lora is not None:
         faults.append("model.lora trains language models alone; remove the section model.lora")
     if faults:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from npo_core.interfaces import ConfigurationError
-from npo_core.pictures import Picture, pictures_of
+from npo_core.pictures import Picture, PicturedPrompt, pictures_of
 
 PARTS = ("get_rope_index", "get_image_features", "language_model")
 
@@ -53,6 +53,14 @@ class Vision:
                 f"{', '.join(lacking)}), which is not supported; use Qwen3-VL, or a language model"
             )
         self.token = model.config.image_token_id
+        self._tower = model.config.vision_config
+
+    def blank(self) -> PicturedPrompt:
+        """A prompt that shows the smallest picture there is, all zeros, for which the tower runs as for any other."""
+        side = self._tower.spatial_merge_size
+        values = self._tower.in_channels * self._tower.temporal_patch_size * self._tower.patch_size**2
+        patches = np.zeros((side * side, values), np.float32)
+        return PicturedPrompt.of(np.array([self.token]), [Picture("blank", (1, side, side), lambda: patches)])
 
     def hidden_states(
         self,

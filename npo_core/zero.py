@@ -29,6 +29,7 @@ from torch import Tensor
 from npo_core.interfaces import LocalCheckpoint, TrainBatch
 from npo_core.learner import MOMENTS, OPTIMIZER_FILE, STATE_FILE, load_moments, resume_schedule, warmup
 from npo_core.padding import rank_batches
+from npo_core.pictures import pictures_of
 from npo_core.policy import Policy
 from npo_core.ranks import Ranks
 from npo_core.update import Update, UpdateSums
@@ -39,15 +40,23 @@ MASTER_FILE = "optimizer/master.safetensors"
 
 
 class Forward(torch.nn.Module):
-    """`Policy.token_logps` as a module: ZeRO 3 gathers weights where the forward of a module begins."""
+    """`Policy.token_logps` as a module: ZeRO 3 gathers weights where the forward of a module begins.
+
+    Where one rank runs a module, all have to: they gather its weights and its gradients together. The rows of one may
+    show pictures while another's show none: these get a further row, which shows a blank one and counts for nothing.
+    """
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.model, self._policy = policy.model, policy
+        self._blank = policy.vision.blank() if policy.vision else None
 
     def forward(self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], temperature: float) -> Any:
         """See `Policy.token_logps`."""
-        return self._policy.token_logps(prompts, completions, temperature)
+        if self._blank is None or any(map(pictures_of, prompts)):
+            return self._policy.token_logps(prompts, completions, temperature)
+        rows = [*prompts, self._blank], [*completions, np.zeros(1, np.int32)]
+        return tuple(values_BT[:-1] for values_BT in self._policy.token_logps(*rows, temperature))
 
 
 class ZeroPolicy:

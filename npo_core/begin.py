@@ -18,8 +18,8 @@ from npo_core import shapes, testbed
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, prompts_digest
 from npo_core.interfaces import ConfigurationError, NearFutureError
 from npo_core.lora import has_adapter, merge
-from npo_core.pictures import PROCESSOR_FILES, PictureEncoder, load_processor, require_supported
-from npo_core.prompts import counter, to_arrow
+from npo_core.pictures import PROCESSOR_FILES, load_processor, pictured_counter, require_supported
+from npo_core.prompts import to_arrow
 from npo_core.room import require_room
 from npo_core.run_config import keep_config
 from npo_core.sources.load import Loaded, load
@@ -180,18 +180,15 @@ def _prompts(config: Config, model_dir: Path, model: Any, tokenizer: Any) -> Loa
     """The prompts, which the model has room for, and whose pictures it sees.
 
     Raises:
-        ConfigurationError: see `load`, `counter`, `require_room`, `require_supported` and `load_processor`.
+        ConfigurationError: see `load`, `pictured_counter`, `require_room`, `require_supported` and `load_processor`.
     """
-    tokens = counter(tokenizer, config.chat)
+    tokens = pictured_counter(tokenizer, config.chat, lambda: load_processor(model_dir))
     loaded = load(config, tokens)
     if loaded.pictures:
         require_supported(config)
-        encoder = PictureEncoder(load_processor(model_dir), loaded.pictures.__getitem__)
-        shown = next(prompt for prompt in (*loaded.train, *loaded.held_out) if prompt.image_refs)
-        encoder.encode(tokenizer, shown, config.chat)
     if loaded.report is None:
         try:
-            tokens(loaded.train[0])
+            tokens(loaded.train[0], loaded.pictures)
         except ValueError as error:
             raise ConfigurationError(
                 f"{_source(config)}: its tokenizer and chat template cannot be used ({error}) for data.source "

@@ -7,19 +7,20 @@ for every token that the picture becomes, as the model's processor does.
 
 from __future__ import annotations
 
+import functools
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import transformers
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt
-from npo_core.prompts import PLAIN, encode
+from npo_core.prompts import PLAIN, counter, encode
 from schemas.chat import ChatSection
 from schemas.config import Config
 
@@ -128,6 +129,33 @@ class PictureEncoder:
         return cut
 
 
+def pictured_counter(
+    tokenizer: Any, chat: ChatSection, processor: Callable[[], PictureProcessor]
+) -> Callable[[Prompt, Mapping[str, bytes]], int]:
+    """Counts a prompt's tokens, with its pictures, whose files are given by their SHA-256; raises ValueError for a
+    prompt that the chat template refuses.
+
+    Args:
+        processor: the model's; asked when the first prompt with pictures comes.
+
+    Raises:
+        ConfigurationError: see `counter`; the count raises it too, where the model sees no pictures.
+    """
+    count = counter(tokenizer, chat)
+    loaded = functools.cache(processor)
+
+    def tokens(prompt: Prompt, pictures: Mapping[str, bytes]) -> int:
+        if not prompt.image_refs:
+            return count(prompt)
+        encoder = PictureEncoder(loaded(), pictures.__getitem__)
+        try:
+            return len(encoder.encode(tokenizer, prompt, chat))
+        except Exception as error:  # a template raises what it likes
+            raise ValueError(_first_line(error)) from error
+
+    return tokens
+
+
 def open_picture(ref: str, data: bytes) -> Image.Image:
     """A picture of a file's bytes, as RGB.
 
@@ -136,7 +164,7 @@ def open_picture(ref: str, data: bytes) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises what its decoders raise
         raise NearFutureError(
             f"picture {ref[:12]}, {len(data)} bytes, cannot be read as one ({error}); give PNG, JPEG or another format "
             "that Pillow reads"

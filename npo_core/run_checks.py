@@ -19,6 +19,7 @@ from schemas.data import GENERATED
 if TYPE_CHECKING:  # it loads transformers
     from npo_core.artifacts import RunArtifacts
     from npo_core.model_check import FoundModel
+    from npo_core.sources.load import Tokens
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ def check_data(config: Config, model: FoundModel | None, notes: Notes) -> FoundD
     Raises:
         ConfigurationError: see `load`.
     """
-    from npo_core.prompts import counter
     from npo_core.sources.load import load
     from npo_core.sources.told import told
 
@@ -54,10 +54,7 @@ def check_data(config: Config, model: FoundModel | None, notes: Notes) -> FoundD
     if data.source == "hf" and not Path(data.path or "").expanduser().is_dir():
         notes.unchecked(f"{data.path} is a name on the hub; the run downloads it, and then looks at its rows")
         return None
-    tokens = None
-    if data.source not in GENERATED and model is not None and model.tokenizer is not None:
-        tokens = counter(model.tokenizer, config.chat)
-    loaded = load(config, tokens)
+    loaded = load(config, None if data.source in GENERATED or model is None else _counter(config, model))
     if loaded.report is None:
         notes.ok(f"{len(loaded.train):,} prompts to train on, {len(loaded.held_out):,} held out")
     else:
@@ -67,6 +64,21 @@ def check_data(config: Config, model: FoundModel | None, notes: Notes) -> FoundD
             notes.warn(line)
     longest = None if loaded.report is None else loaded.report.longest
     return FoundData(loaded.train, loaded.held_out, loaded.pictures, longest)
+
+
+def _counter(config: Config, model: FoundModel) -> Tokens | None:
+    """Counts tokens; None: there is nothing to count them with, which other checks tell."""
+    from npo_core.pictures import pictured_counter
+    from npo_core.prompts import counter
+
+    if model.tokenizer is None:
+        return None
+    if (processor := model.pictures) is not None:
+        return pictured_counter(model.tokenizer, config.chat, lambda: processor)
+    if config.data.columns.images is not None:
+        return None
+    count = counter(model.tokenizer, config.chat)
+    return lambda prompt, pictures: count(prompt)
 
 
 def check_pictures(config: Config, model: FoundModel | None, data: FoundData, notes: Notes) -> None:

@@ -24,13 +24,14 @@ from npo_core.artifacts import RunArtifacts
 from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
 from npo_core.interfaces import Generator, LocalCheckpoint, NearFutureError, Prompt, Verdict, Verifier
-from npo_core.pictures import PictureEncoder, load_processor, require_supported
+from npo_core.pictures import PictureEncoder, load_processor, pictured_counter, require_supported
 from npo_core.policy import Policy, choose_device, device_name
-from npo_core.prompts import PromptTable, counter, encode
+from npo_core.prompts import PromptTable, encode
 from npo_core.rows import EVERY_ROW, Where, read_rows
 from npo_core.run_config import configure
 from npo_core.segment import LegContext
 from npo_core.shards import sampling_config
+from npo_core.sources.load import Tokens
 from npo_core.stops import Stops
 from npo_core.verifiers.kinds import load_verifier
 from npo_core.vllm_version import sampler_name
@@ -162,9 +163,10 @@ class Workspace:
             return self.pictures.encode(self.tokenizer, prompt, self.config.chat)
         return encode(self.tokenizer, prompt, self.config.chat)
 
-    def tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt; see `counter`."""
-        return counter(self.tokenizer, self.config.chat)(prompt)
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Counts the tokens of a prompt; see `pictured_counter`."""
+        return pictured_counter(self.tokenizer, self.config.chat, lambda: load_processor(self.model_dir))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion without the token that ended it; a verifier sees all other special tokens."""

@@ -53,6 +53,10 @@ class ColumnsSection(Section):
     choices: str | tuple[str, ...] | None = None
     """What there is to choose from: a column with a list (or a list written as text), or one column a choice. Below the
     question they are lettered lines, `A. …`; an empty last one, and in columns `nan`, counts as absent."""
+    images: str | tuple[str, ...] | None = None
+    """The row's pictures: a column, or several in order, with a picture or a list of them: a path, from the data file's
+    folder or absolute; bytes; or `{bytes, path}`, as Hugging Face writes them. Null is none. A picture stands where the
+    user's message has `<image>` (the next one) or `<image 2>` (the second), before its text where it has neither."""
     id: str | None = Field(None, min_length=1)
     """The row's own name, unique. None: a digest of the prompt."""
     task: str | None = Field(None, min_length=1)

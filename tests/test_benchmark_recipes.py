@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from npo_core.benchmarks import open_benchmark
 from npo_core.config_file import load_benchmark
@@ -15,12 +18,18 @@ from tests.command import ROOT
 
 RECIPES = ROOT / "deploy" / "benchmarks"
 CONFIG = Config.model_validate({"run": {"name": "demo"}})
+PICTURES = tuple(Image.new("RGB", (2, 2), (shade, 0, 0)) for shade in (0, 80, 160))
+"""Tiny ones; a question shows them by their place here."""
+ONE, TWO, THREE = PICTURES
 ROWS: dict[str, list[dict[str, Any]]] = {
     "mmmu-pro": [
         {
             "id": "t_1",
             "question": "Which of <image 1>?",
-            "options": "['$3', '$4', \"it's\"]",
+            "options": "['$3', '<image 2>', \"it's\"]",
+            "image_1": ONE,
+            "image_2": TWO,
+            **{f"image_{n}": None for n in range(3, 8)},
             "answer": "C",
             "subject": "Art",
         }
@@ -29,28 +38,53 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {
             "pid": "1",
             "question": "Which?",
+            "decoded_image": ONE,
             "choices": ["no", "yes"],
             "answer": "yes",
             "unit": None,
             "metadata": {"task": "a"},
         },
-        {"pid": "2", "question": "How far?", "choices": None, "answer": "1.2", "unit": "m", "metadata": {"task": "b"}},
+        {
+            "pid": "2",
+            "question": "How far?",
+            "decoded_image": TWO,
+            "choices": None,
+            "answer": "1.2",
+            "unit": "m",
+            "metadata": {"task": "b"},
+        },
     ],
     "mathvision": [
         {
             "id": "1",
             "question": "<image1> Which?",
+            "decoded_image": ONE,
             "options": ["A", "B", "C", "D", "E"],
             "answer": "E",
             "subject": "algebra",
         },
-        {"id": "2", "question": "How many?", "options": [], "answer": "\\frac{1}{2}", "subject": "counting"},
+        {
+            "id": "2",
+            "question": "How many?",
+            "decoded_image": TWO,
+            "options": [],
+            "answer": "\\frac{1}{2}",
+            "subject": "counting",
+        },
     ],
-    "zerobench": [{"question_id": "1_1", "question_text": "How many?", "question_answer": "11"}],
+    "zerobench": [
+        {
+            "question_id": "1_1",
+            "question_text": "How many?",
+            "question_images_decoded": [TWO, THREE],
+            "question_answer": "11",
+        }
+    ],
     "wemath": [
         {
             "ID": "1",
             "question": "How long?",
+            "image_path": ONE,
             "option": "A. 5 ; B. 6 ; C. No correct answer",
             "answer": "B",
             "key": "1steps",
@@ -59,6 +93,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "mmbench": [
         {
             "index": "241",
+            "image": ONE,
             "question": "Which?",
             "hint": "nan",
             "A": "x",
@@ -70,6 +105,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         },
         {
             "index": "242",
+            "image": TWO,
             "question": "Which?",
             "hint": "Look.",
             "A": "x",
@@ -80,23 +116,44 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "category": "c",
         },
     ],
-    "mmstar": [{"index": 0, "question": "Which?\nOptions: A: x, B: y", "answer": "B", "category": "coarse perception"}],
+    "mmstar": [
+        {
+            "index": 0,
+            "question": "Which?\nOptions: A: x, B: y",
+            "image": ONE,
+            "answer": "B",
+            "category": "coarse perception",
+        }
+    ],
     "mathverse": [
-        {"sample_index": "1", "query_cot": "Choices:\nA:60\nB:65", "answer": "B", "problem_version": "Text Lite"},
-        {"sample_index": "2", "query_cot": "Find x.", "answer": "2\\sqrt{3}", "problem_version": "Vision Only"},
+        {
+            "sample_index": "1",
+            "query_cot": "Choices:\nA:60\nB:65",
+            "image": ONE,
+            "answer": "B",
+            "problem_version": "Text Lite",
+        },
+        {
+            "sample_index": "2",
+            "query_cot": "Find x.",
+            "image": TWO,
+            "answer": "2\\sqrt{3}",
+            "problem_version": "Vision Only",
+        },
     ],
 }
-"""Columns that a recipe does not name are left out, pictures among them."""
+"""Columns that a recipe does not name are left out."""
 SAID = {
-    "mmmu-pro": ["Which of <image 1>?\nA. $3\nB. $4\nC. it's\nThink"],
-    "mathvista": ["Which?\nA. no\nB. yes\nThink", "How far? (Unit: m)\nThink"],
-    "mathvision": ["<image1> Which?\nA. A\nB. B\nC. C\nD. D\nE. E\nThink", "How many?\nThink"],
-    "zerobench": ["How many?\nThink"],
-    "wemath": ["How long?\nA. 5 ; B. 6 ; C. No correct answer\nThink"],
-    "mmbench": ["Which?\nA. x\nB. y\nThink", "Look.\nWhich?\nA. x\nB. y\nC. z\nD. w\nThink"],
-    "mmstar": ["Which?\nOptions: A: x, B: y\nThink"],
-    "mathverse": ["Choices:\nA:60\nB:65\nPut the letter", "Find x.\nPut the letter"],
+    "mmmu-pro": ["Which of [1]?\nA. $3\nB. [2]\nC. it's\nThink"],
+    "mathvista": ["[1]Which?\nA. no\nB. yes\nThink", "[2]How far? (Unit: m)\nThink"],
+    "mathvision": ["[1]<image1> Which?\nA. A\nB. B\nC. C\nD. D\nE. E\nThink", "[2]How many?\nThink"],
+    "zerobench": ["[2][3]How many?\nThink"],
+    "wemath": ["[1]How long?\nA. 5 ; B. 6 ; C. No correct answer\nThink"],
+    "mmbench": ["[1]Which?\nA. x\nB. y\nThink", "[2]Look.\nWhich?\nA. x\nB. y\nC. z\nD. w\nThink"],
+    "mmstar": ["[1]Which?\nOptions: A: x, B: y\nThink"],
+    "mathverse": ["[1]Choices:\nA:60\nB:65\nPut the letter", "[2]Find x.\nPut the letter"],
 }
+"""How each question begins, `[1]` for the first picture."""
 ANSWERS = {
     "mmmu-pro": ["C"],
     "mathvista": ["B", "1.2"],
@@ -126,7 +183,7 @@ def test_rows_as_they_are_published_become_questions_with_answers_that_the_verif
     data = file.data.model_copy(update={"path": str(tmp_path / "rows")})
     opened = open_benchmark(file.model_copy(update={"data": data}), CONFIG)
     try:
-        texts = [prompt.messages[0]["content"] for prompt in opened.prompts]
+        texts = [shown(prompt, opened.pictures) for prompt in opened.prompts]
         assert len(texts) == len(SAID[name])
         for text, said in zip(texts, SAID[name], strict=True):
             assert text.startswith(said)
@@ -137,6 +194,19 @@ def test_rows_as_they_are_published_become_questions_with_answers_that_the_verif
         assert [verdict.correct for verdict in verdicts] == [True, False] * len(texts), verdicts
     finally:
         opened.verifier.close()
+
+
+def shown(prompt: Prompt, files: Mapping[str, bytes]) -> str:
+    """The question with the number of each picture where it stands."""
+    refs: Iterator[str] = iter(prompt.image_refs)
+    content: Any = prompt.messages[0]["content"]
+    return "".join(part["text"] if part["type"] == "text" else f"[{number(files[next(refs)])}]" for part in content)
+
+
+def number(file: bytes) -> int:
+    """Which of the pictures a file is, from 1."""
+    pixel = Image.open(io.BytesIO(file)).getpixel((0, 0))
+    return 1 + [picture.getpixel((0, 0)) for picture in PICTURES].index(pixel)
 
 
 def said_of(prompt: Prompt) -> tuple[str, str]:

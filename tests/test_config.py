@@ -202,7 +202,10 @@ def test_a_required_key_is_named(load: Any) -> None:
         (["data.source=jsonl"], "data: source jsonl needs path: where the rows are"),
         (["data.path=rows.jsonl"], "path belongs to source jsonl or parquet or hf, but source is testbed; remove path"),
         (["data.source=jsonl", "data.path=x", "data.split=test"], "split belongs to source hf, but source is jsonl"),
-        (["data.source=jsonl", "data.path=x", "data.max_length=9"], "max_length belongs to source testbed or shapes"),
+        (
+            ["data.source=jsonl", "data.path=x", "data.max_length=9"],
+            "max_length belongs to source testbed or shapes, but source",
+        ),
         (["data.source=reasoning-gym"], "data: source reasoning-gym needs tasks: [{name: chain_sum, size: 500}], say"),
         (["data.held_out=0.5"], "data: held_out 0.5 is not a whole number of prompts"),
         (

@@ -24,6 +24,7 @@ from npo_core.machine_check import Machine
 from npo_core.plan import Sizes, Stage, make_plan, segments
 from npo_core.retention import retain
 from npo_core.run_config import configure
+from npo_core.shapes import draw_pictures
 from schemas.config import Config
 from tests.command import ROOT, last_json, npo, run_arguments
 from tests.s3_server import S3Server
@@ -88,7 +89,8 @@ def test_every_shipped_configuration_passes_without_weights(config: str, tmp_pat
     arguments = ["-s", f"run.store=file://{tmp_path}/store"]
     if "path" in values.get("data", {}):
         # The rows are the user's.
-        rows = [json.dumps({"prompt": f"{n} + 1 = ?", "answer": str(n + 1)}) for n in range(400)]
+        (tmp_path / "shapes.png").write_bytes(next(iter(draw_pictures(1, 1, 3, 3, 0).values())))
+        rows = [json.dumps({"prompt": f"{n} + 1 = ?", "answer": str(n + 1), "image": "shapes.png"}) for n in range(400)]
         (tmp_path / "rows.jsonl").write_text("\n".join(rows))
         arguments += ["-s", f"data.path={tmp_path}/rows.jsonl"]
     result = npo("run", f"deploy/configs/{config}.yaml", *arguments, "--dry-run", "--json")

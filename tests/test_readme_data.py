@@ -57,6 +57,6 @@ def test_five_minutes_lead_to_a_run_that_has_learned(tmp_path: Path, prefect_ser
 
 def test_the_other_lines_are_configurations() -> None:
     sections = [yaml.safe_load(line) for line in blocks()[1].splitlines() if line]
-    assert len(sections) == 4
+    assert len(sections) == 5
     for section in sections:
         Config.model_validate({"run": {"name": "x"}, **section})

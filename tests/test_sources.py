@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def sums(count: int, first: int = 0) -> list[dict[str, Any]]:
     return [{"prompt": f"{n} + {n} = ?", "answer": 2 * n} for n in range(first, first + count)]
 
 
-def words(prompt: Prompt) -> int:
+def words(prompt: Prompt, pictures: Mapping[str, bytes]) -> int:
     """Stands for a tokenizer."""
     return len(" ".join(message["content"] for message in prompt.messages).split())
 
@@ -189,7 +189,7 @@ def test_over_long_prompts_are_refused_or_left_out(tmp_path: Path) -> None:
 def test_a_prompt_that_the_chat_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", sums(5))
 
-    def tokens(prompt: Prompt) -> int:
+    def tokens(prompt: Prompt, pictures: Mapping[str, bytes]) -> int:
         if prompt.answer == "4":
             raise ValueError("no twos")
         return 1

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ast
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from npo_core.interfaces import ConfigurationError, Prompt
-from npo_core.sources.rows import Row, require_columns, value_of
+from npo_core.sources.row_pictures import pictures_of_row, placed
+from npo_core.sources.rows import EmptyRowError, Row, UnusableRowError, require_columns, value_of
 from schemas.data import DataSection
 from schemas.digest import canonical_json, digest_json, short
 
@@ -23,20 +24,14 @@ _MADE = ("prompt", "choices")
 """What a template can name beside the row's columns."""
 
 
-class UnusableRowError(Exception):
-    """A row cannot be used: in words, why."""
-
-
-class EmptyRowError(UnusableRowError):
-    """It has no prompt or no answer."""
-
-
 @dataclass(frozen=True)
 class Mapped:
     """A row as a prompt."""
 
     where: str
     prompt: Prompt
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of the pictures that it shows, by their SHA-256."""
 
 
 class ColumnMap:
@@ -70,10 +65,11 @@ class ColumnMap:
         for name in ("answer", "id", "task"):
             if (column := getattr(columns, name)) is not None:
                 needed[f"columns.{name}"] = column
-        if columns.choices is not None:
-            own = (columns.choices,) if isinstance(columns.choices, str) else columns.choices
-            needed |= {f"columns.choices.{i}": column for i, column in enumerate(own)}
-        needed |= {f"columns.metadata.{i}": column for i, column in enumerate(columns.metadata)}
+        for name in ("choices", "images", "metadata"):
+            if isinstance(named := getattr(columns, name), str):
+                needed[f"columns.{name}"] = named
+            else:
+                needed |= {f"columns.{name}.{i}": column for i, column in enumerate(named or ())}
         return needed | {f"template {name}": name for name in sorted(self._named - {*_MADE})}
 
     def wants(self, column: str) -> bool:
@@ -95,6 +91,11 @@ class ColumnMap:
         values, columns = row.values, self.columns
         choices = self._choices(values)
         messages = self._messages(values, choices)
+        image_refs: tuple[str, ...] = ()
+        files: list[tuple[str, bytes]] = []
+        if columns.images is not None:
+            files = pictures_of_row(row, _several(columns.images))
+            messages, image_refs = placed(messages, [ref for ref, _ in files])
         answer = "" if columns.answer is None else self._answer(values, columns.answer, choices)
         given = {name: _get(values, name) for name in columns.metadata}
         try:
@@ -106,15 +107,17 @@ class ColumnMap:
         return Mapped(
             row.where,
             Prompt(
-                prompt_id=short(digest_json(list(messages))) if own is None else _text(own, columns.id or ""),
+                prompt_id=_digest(messages, image_refs) if own is None else _text(own, columns.id or ""),
                 task=TASK if task is None else _text(task, columns.task or ""),
                 messages=messages,
                 answer=answer,
+                image_refs=image_refs,
                 metadata=metadata,
             ),
+            dict(files),
         )
 
-    def _messages(self, values: Mapping[str, Any], choices: Sequence[str]) -> tuple[Mapping[str, str], ...]:
+    def _messages(self, values: Mapping[str, Any], choices: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
         prompt = _get(values, self.columns.prompt)
         if isinstance(prompt, list):
             if self._template is not None or choices:
@@ -174,6 +177,18 @@ class ColumnMap:
         if not text:
             raise EmptyRowError(f"its answer, column {column}, is empty")
         return _letter(text, self.columns.answer_is, choices) if choices else text
+
+
+def _several(named: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The columns of a field that names one, several or none."""
+    return (named,) if isinstance(named, str) else named or ()
+
+
+def _digest(messages: Sequence[Mapping[str, Any]], image_refs: Sequence[str]) -> str:
+    """The name of a prompt whose row has none."""
+    asked = list(messages)
+    # Without pictures as before there were any.
+    return short(digest_json([asked, list(image_refs)] if image_refs else asked))
 
 
 def _letter(answer: str, names: str, choices: Sequence[str]) -> str:

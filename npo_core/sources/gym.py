@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from npo_core.interfaces import ConfigurationError, Prompt
-from npo_core.sources.columns import EmptyRowError, Mapped, UnusableRowError
+from npo_core.sources.columns import Mapped
+from npo_core.sources.rows import EmptyRowError, UnusableRowError
 from schemas.data import GymTask
 from schemas.digest import digest_json, short
 

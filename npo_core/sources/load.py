@@ -10,8 +10,8 @@ from functools import partial
 from npo_core import shapes, testbed
 from npo_core.interfaces import ConfigurationError, Prompt
 from npo_core.sources import gym
-from npo_core.sources.columns import ColumnMap, EmptyRowError, Mapped, UnusableRowError
-from npo_core.sources.rows import columns_of, read_rows
+from npo_core.sources.columns import ColumnMap, Mapped
+from npo_core.sources.rows import EmptyRowError, UnusableRowError, columns_of, read_rows
 from npo_core.sources.split import apart, question_of, split
 from schemas.config import Config
 from schemas.data import GENERATED, DataSection
@@ -20,8 +20,9 @@ from schemas.records import DataReport, RowFault
 FAULTS_SHOWN = 5
 """Rows of a fault that are named."""
 
-Tokens = Callable[[Prompt], int]
-"""Tokens of a prompt under the model's chat template. Raises ValueError where the template refuses the prompt."""
+Tokens = Callable[[Prompt, Mapping[str, bytes]], int]
+"""Tokens of a prompt under the model's chat template, with its pictures, whose files are given by their SHA-256. Raises
+ValueError where the template refuses the prompt."""
 Mapper = Callable[[], Mapped]
 """A row as a prompt; raises `UnusableRowError`."""
 
@@ -69,7 +70,7 @@ def load(config: Config, tokens: Tokens | None) -> Loaded:
     report = reader.report(len(train), len(held_out))
     _require_unique((*train, *held_out))
     _require_enough(config, report)
-    return Loaded(train, held_out, report)
+    return Loaded(train, held_out, report, reader.shown((*train, *held_out)))
 
 
 def load_all(config: Config, tokens: Tokens | None) -> Loaded:
@@ -90,7 +91,7 @@ def load_all(config: Config, tokens: Tokens | None) -> Loaded:
     _require_unique(prompts)
     if not prompts:
         raise ConfigurationError(f"{report.origin} has no row that can be used{_first(report)}")
-    return Loaded(prompts, [], report)
+    return Loaded(prompts, [], report, reader.shown(prompts))
 
 
 def _generated(data: DataSection) -> Loaded:
@@ -118,6 +119,8 @@ class _Reader:
     unused: int = 0
     longest: int = 0
     faults: list[RowFault] = field(default_factory=list)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    """Files of the pictures of all usable prompts, by their SHA-256."""
 
     def usable(self, rows: Iterable[tuple[str, Mapper]]) -> list[Prompt]:
         """The prompts of one set, each once."""
@@ -134,7 +137,7 @@ class _Reader:
                         raise UnusableRowError(f"it asks what {first.where} asks, but has another answer")
                     self.duplicates += 1
                     continue
-                if not self._fits(where, mapped.prompt):
+                if not self._fits(where, mapped):
                     continue
             except EmptyRowError as error:
                 self.empty += 1
@@ -145,14 +148,19 @@ class _Reader:
                 self._note(where, str(error))
                 continue
             found[question] = mapped, mapped.prompt.answer
+            self.pictures |= mapped.pictures
             kept.append(mapped.prompt)
         return kept
 
-    def _fits(self, where: str, prompt: Prompt) -> bool:
+    def shown(self, prompts: Iterable[Prompt]) -> dict[str, bytes]:
+        """The pictures that these prompts show."""
+        return {ref: self.pictures[ref] for prompt in prompts for ref in prompt.image_refs}
+
+    def _fits(self, where: str, mapped: Mapped) -> bool:
         if self.tokens is None:
             return True
         try:
-            count = self.tokens(prompt)
+            count = self.tokens(mapped.prompt, mapped.pictures)
         except ValueError as error:
             raise UnusableRowError(f"the model's chat template cannot render it ({error})") from error
         limit = self.data.max_prompt_tokens

@@ -3,6 +3,7 @@ reason; a file that cannot be read is an error."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import glob
 import json
@@ -20,6 +21,14 @@ ROWS_AT_ONCE = 256
 """Rows of a Parquet file that are Python objects at one time."""
 
 
+class UnusableRowError(Exception):
+    """A row cannot be used: in words, why."""
+
+
+class EmptyRowError(UnusableRowError):
+    """It has no prompt or no answer."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of the user's."""
@@ -29,6 +38,8 @@ class Row:
     values: Mapping[str, Any]
     fault: str | None = None
     """Why there are no values."""
+    folder: Path | None = None
+    """Where its relative paths begin; None: it comes from no folder of this machine."""
 
 
 def read_rows(data: DataSection, wanted: Callable[[str], bool], held_out: bool = False) -> Iterator[Row]:
@@ -130,7 +141,7 @@ def _json_lines(file: Path, wanted: Callable[[str], bool]) -> Iterator[Row]:
             if not isinstance(values, dict):
                 yield Row(where, {}, f"it is {type(values).__name__}, not an object of columns")
                 continue
-            yield Row(where, values)
+            yield Row(where, values, folder=file.parent)
 
 
 def _parquet(file: Path, wanted: Callable[[str], bool]) -> Iterator[Row]:
@@ -144,7 +155,7 @@ def _parquet(file: Path, wanted: Callable[[str], bool]) -> Iterator[Row]:
             for batch in opened.iter_batches(ROWS_AT_ONCE, columns=[name for name in columns if wanted(name)]):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{file} row {number}", values)
+                    yield Row(f"{file} row {number}", values, folder=file.parent)
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"{file} cannot be read as Parquet ({reason}); give a Parquet file") from error
@@ -195,7 +206,27 @@ def _hub(data: DataSection, path: str, split: str, wanted: Callable[[str], bool]
                 f"data.path {path}: its split {split!r} cannot be loaded ({type(error).__name__}: {reason}); give a "
                 "directory or a name on the hub, and data.split and data.subset that it has"
             ) from error
-        # Others may hold pictures, which would be decoded.
         loaded = loaded.select_columns([name for name in loaded.column_names if wanted(name)])
-        for number, values in enumerate(loaded, 1):
-            yield Row(f"{path} {split} row {number}", values)
+        features = datasets.Features({name: _undecoded(feature) for name, feature in loaded.features.items()})
+        folder = place if place.is_dir() else None
+        number = 0
+        for batch in loaded.with_format("arrow").iter(ROWS_AT_ONCE):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"{path} {split} row {number}", features.decode_example(values), folder=folder)
+
+
+def _undecoded(feature: Any) -> Any:
+    """A feature of `datasets`, whose pictures are left the files that they are, however deep they lie."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if hasattr(feature, "feature"):
+        feature = copy.copy(feature)
+        feature.feature = _undecoded(feature.feature)
+    return feature

@@ -8,7 +8,7 @@ accuracy by main-line step; run it again and it goes on where it was.
     python -m tests.bench.shapes warm-start /tmp/shapes
     python -m tests.bench.shapes sight
     python -m tests.bench.shapes sight --model /tmp/shapes
-    python -m tests.bench.shapes curves --store runs/shapes --seeds 0 1
+    python -m tests.bench.shapes curves --store runs/shapes --seeds 0 1 --plot shapes.png
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ def curves(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     jobs = jobs_of([arm.under(*options.overrides) for arm in ARMS], options.seeds)
     run_all(jobs, options.store, options.parallel)
     found, ended = read(jobs, options.store, curve), read(jobs, options.store, ending)
+    if options.plot:
+        plot(found, options.plot)
     result = {arm: {seed: line.to_dicts() for seed, line in seeds.items()} for arm, seeds in found.items()}
     return f"{curves_table(found)}\n\n{costs_table(ended)}", {"curves": result, "endings": ended}
 
@@ -91,6 +93,23 @@ def curves_table(found: Mapping[str, Mapping[int, pl.DataFrame]]) -> str:
         values = [[accuracies[step] for accuracies in seeds.values()] for seeds in lines.values()]
         rows.append([step, *(cell for own in values for cell in (sum(own) / len(own), *own))])
     return markdown(columns, rows)
+
+
+def plot(found: Mapping[str, Mapping[int, pl.DataFrame]], target: Path) -> None:
+    """Draws held-out accuracy by main-line step: each seed thin, their mean thick."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for number, (arm, seeds) in enumerate(found.items()):
+        lines = [line.sort("step") for line in seeds.values()]
+        for line in lines:
+            axes.plot(line["step"], line["accuracy"], color=f"C{number}", alpha=0.3, linewidth=0.8)
+        mean = pl.concat(lines).group_by("step").agg(pl.col("accuracy").mean()).sort("step")
+        axes.plot(mean["step"], mean["accuracy"], color=f"C{number}", linewidth=2, label=f"{arm}, {len(lines)} seeds")
+    axes.set(xlabel="main-line step", ylabel="held-out accuracy", ylim=(0, None))
+    axes.legend(loc="upper left", frameon=False)
+    figure.savefig(target, dpi=110)
 
 
 def costs_table(ended: Mapping[str, Mapping[int, Ending]]) -> str:
@@ -115,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     three = commands.add_parser("curves")
     three.add_argument("--store", default="runs/shapes")
     three.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    three.add_argument("--plot", type=Path, help="picture of the curves, PNG or SVG")
     three.add_argument("--parallel", type=int, default=1)
     three.add_argument("-s", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
     three.set_defaults(command=curves)

@@ -92,6 +92,28 @@ class PictureEncoder:
         Raises:
             NearFutureError: the template writes not one placeholder a picture, or a picture cannot be read.
         """
+        ids, places = self._placed(tokenizer, prompt, chat)
+        repeats = np.ones(len(ids), np.int64)
+        repeats[places] = [self._tokens(ref) for ref in prompt.image_refs]
+        return PicturedPrompt.of(np.repeat(ids, repeats), [self._picture(ref) for ref in prompt.image_refs])
+
+    def length(self, tokenizer: Any, prompt: Prompt, chat: ChatSection = PLAIN) -> int:
+        """Tokens of `encode`, which the sizes of its pictures, taken to be readable, tell without cutting them.
+
+        Raises:
+            NearFutureError: the template writes not one placeholder a picture.
+            ValueError: a picture is too narrow for the processor.
+        """
+        ids, _ = self._placed(tokenizer, prompt, chat)
+        images = self._processor.images
+        length = len(ids)
+        for ref in prompt.image_refs:
+            width, height = Image.open(io.BytesIO(self._read(ref))).size
+            length += images.get_number_of_image_patches(height, width) // images.merge_size**2 - 1
+        return length
+
+    def _placed(self, tokenizer: Any, prompt: Prompt, chat: ChatSection) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids with one placeholder a picture, int32 [L], and where these are, bool [L]."""
         ids = encode(tokenizer, prompt, chat)
         places = ids == self._processor.token
         if places.sum() != len(prompt.image_refs):
@@ -100,9 +122,7 @@ class PictureEncoder:
                 f"{int(places.sum())} placeholders for it; give it one part of type image for each picture, and no "
                 "text that spells the placeholder"
             )
-        repeats = np.ones(len(ids), np.int64)
-        repeats[places] = [self._tokens(ref) for ref in prompt.image_refs]
-        return PicturedPrompt.of(np.repeat(ids, repeats), [self._picture(ref) for ref in prompt.image_refs])
+        return ids, places
 
     def _picture(self, ref: str) -> Picture:
         return Picture(ref, self._grids[ref], lambda: self._patches(ref))
@@ -149,7 +169,7 @@ def pictured_counter(
             return count(prompt)
         encoder = PictureEncoder(loaded(), pictures.__getitem__)
         try:
-            return len(encoder.encode(tokenizer, prompt, chat))
+            return encoder.length(tokenizer, prompt, chat)
         except Exception as error:  # a template raises what it likes
             raise ValueError(_first_line(error)) from error
 

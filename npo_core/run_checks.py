@@ -140,9 +140,7 @@ def _longest(config: Config, model: FoundModel, data: FoundData) -> int:
     encoder = PictureEncoder(model.pictures, data.pictures.__getitem__) if model.pictures else None
     try:
         return max(
-            len(encoder.encode(model.tokenizer, prompt, config.chat))
-            if encoder and prompt.image_refs
-            else tokens(prompt)
+            encoder.length(model.tokenizer, prompt, config.chat) if encoder and prompt.image_refs else tokens(prompt)
             for prompt in (*data.train, *data.held_out)
         )
     except (ValueError, NearFutureError) as error:

@@ -16,7 +16,7 @@ from PIL import Image
 from npo_core.artifacts import open_run
 from npo_core.begin import begin
 from npo_core.interfaces import ConfigurationError, Prompt
-from npo_core.pictures import load_processor, pictured_counter
+from npo_core.pictures import PictureEncoder, load_processor, pictured_counter
 from npo_core.prompts import encode
 from npo_core.shapes import draw_pictures, make_prompts, model_dir
 from npo_core.shapes.model import build_tokenizer
@@ -326,6 +326,17 @@ def test_prompts_are_as_long_as_the_model_finds_them_with_their_pictures(tmp_pat
     assert all(workspace.run.picture(ref) == pictures[ref] for prompt in prompts for ref in prompt.image_refs)
 
 
+@pytest.mark.parametrize("size", [(16, 48), (64, 16), (37, 100), (640, 480), (5, 5)])
+def test_the_length_is_known_without_cutting_the_pictures(size: tuple[int, int]) -> None:
+    file = io.BytesIO()
+    Image.new("L", size).save(file, "PNG")
+    files = {"a": file.getvalue(), "b": RED}
+    content = [{"type": "image"}, _text("K="), {"type": "image"}, {"type": "image"}]
+    prompt = Prompt("p", "", ({"role": "user", "content": content},), "", ("a", "b", "a"))
+    encoder = PictureEncoder(load_processor(model_dir()), files.__getitem__)
+    assert encoder.length(build_tokenizer(), prompt) == len(encoder.encode(build_tokenizer(), prompt))
+
+
 def test_a_prompt_that_is_too_long_by_its_picture_is_over_long(tmp_path: Path) -> None:
     workspace = begin(Config.model_validate(sections(tmp_path, max_prompt_tokens=9, over_long="skip", held_out=2)))
     report = workspace.record.data
@@ -335,13 +346,21 @@ def test_a_prompt_that_is_too_long_by_its_picture_is_over_long(tmp_path: Path) -
     assert len(workspace.run.store.list(layout.PICTURES)) == 2
 
 
-def test_text_that_spells_the_models_own_placeholder_is_a_bad_row(tmp_path: Path) -> None:
-    path = shapes_jsonl(tmp_path)
-    row = json.loads(path.read_text().splitlines()[0])
-    jsonl(path, [{**row, "prompt": "<|image_pad|>K="}])
-    config = settings(path, bad_rows="refuse")
+@pytest.mark.parametrize(
+    ("size", "prompt", "said"),
+    [
+        ((16, 48), "<|image_pad|>K=", "has 1 pictures, but the chat template writes 2 placeholders"),
+        ((2, 600), "K=", "absolute aspect ratio must be smaller than 200"),
+    ],
+)
+def test_what_the_model_cannot_be_shown_is_a_bad_row(
+    size: tuple[int, int], prompt: str, said: str, tmp_path: Path
+) -> None:
+    Image.new("RGB", size).save(tmp_path / "one.png")
+    path = jsonl(tmp_path / "rows.jsonl", [{"prompt": prompt, "answer": "1", "image": "one.png"}])
+    config = settings(path)
     tokens = pictured_counter(build_tokenizer(), config.chat, lambda: load_processor(model_dir()))
-    with pytest.raises(ConfigurationError, match=r"rows\.jsonl:1: .* has 1 pictures, but the chat template writes 2"):
+    with pytest.raises(ConfigurationError, match=rf"rows\.jsonl:1: .*cannot render it .*{said}"):
         load(config, tokens)
 
 

@@ -188,8 +188,10 @@ def require_supported(config: Config) -> None:
         ConfigurationError: names the field, its value and the remedy.
     """
     faults = []
-    if config.vllm.samples:
-        faults.append(f"vllm.samples [{', '.join(config.vllm.samples)}] is given token ids alone; set it to []")
+    if config.vllm.samples and config.vllm.url:
+        faults.append(
+            f"vllm.url {config.vllm.url} is given token ids alone; leave it out, so that vLLM runs in a process of ours"
+        )
     if config.learner.engine == "deepspeed":
         faults.append("learner.engine deepspeed hands its ranks token ids alone; set learner.engine to torch")
     if config.model.lora is not None:

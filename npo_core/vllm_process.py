@@ -153,8 +153,9 @@ class VllmProcess:
         if self.tokenizer is not None:
             options["tokenizer"] = str(self.tokenizer)
         if _sees(model_dir):
-            # Pictures come cut, each once: there is nothing to keep of the processor's work.
-            options |= {"limit_mm_per_prompt": {"video": 0}, "mm_processor_cache_gb": 0}
+            # Pictures come cut, once each, and their values are those that the tower reads.
+            options |= {"mm_processor_cache_gb": 0, "mm_device_do_normalize": False}
+            options["limit_mm_per_prompt"] = {"video": 0}
         if settings.max_model_len is not None:
             options["max_model_len"] = settings.max_model_len
         if settings.tensor_parallel_size == 1:

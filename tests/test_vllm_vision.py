@@ -109,16 +109,17 @@ def test_it_looks_at_the_pictures(started: VllmGenerator, prompts: list[np.ndarr
 def test_the_probe_tells_a_stale_tower(started: VllmGenerator) -> None:
     """Nothing but a picture shows that the tower's weights are others than the engine's."""
     policy = started.policy
-    assert started.probe().within(TOLERANCE)
+    assert started.probe().mean < TOLERANCE
     tower = [parameter for name, parameter in policy.model.named_parameters() if ".visual." in name]
+    before = [parameter.detach().clone() for parameter in tower]
     assert tower
     with torch.no_grad():
         for parameter in tower:
             parameter.mul_(1.5)
         stale = started.probe()
-        for parameter in tower:
-            parameter.div_(1.5)
-    assert not stale.within(TOLERANCE)
+        for parameter, value in zip(tower, before, strict=True):
+            parameter.copy_(value)
+    assert stale.mean > TOLERANCE
 
 
 def test_a_prompt_whose_placeholders_its_picture_does_not_fill_is_refused(
@@ -132,3 +133,19 @@ def test_a_prompt_whose_placeholders_its_picture_does_not_fill_is_refused(
         started.sample([wrong], 1, PARAMS, keys(1, 1))
     # The engine is none the worse for it.
     assert len(started.sample(prompts[:1], 1, PARAMS, keys(1, 1)).completion_ids) == 1
+
+
+def test_after_an_update_in_place_it_sees_with_the_new_tower(started: VllmGenerator, tmp_path: Path) -> None:
+    """What the old tower made of a picture is not kept. On CPUs it is an embedding that an update in place reaches."""
+    embedding = started.policy.model.base_model.visual.pos_embed.weight
+    before = embedding.detach().clone()
+    assert started.probe().mean < TOLERANCE
+    with torch.no_grad():
+        embedding.mul_(-2)
+        moved = started.probe()
+        started.policy.save_weights(tmp_path)
+        started.engine.reload(tmp_path)
+        agreement = started.probe()
+        embedding.copy_(before)
+    assert moved.mean > TOLERANCE, "the picture does not tell"
+    assert agreement.mean < TOLERANCE, agreement

@@ -99,7 +99,10 @@ def test_it_looks_at_the_pictures(started: VllmGenerator, prompts: list[np.ndarr
     # Of one token each: the second's would follow others.
     rollouts = started.sample(both, 64, SamplingParams(PARAMS.temperature, 1, ()), keys(1, 64) * 2)
     seen, unseen = (
-        {int(ids[0]): float(logp[0]) for ids, logp in zip(rollouts.completion_ids[at], rollouts.logprobs[at], strict=True)}
+        {
+            int(ids[0]): float(logp[0])
+            for ids, logp in zip(rollouts.completion_ids[at], rollouts.logprobs[at], strict=True)
+        }
         for at in (slice(64), slice(64, 128))
     )
     moved = [abs(seen[token] - unseen[token]) for token in seen.keys() & unseen.keys()]

@@ -183,8 +183,8 @@ class VllmGenerator:
             self._rounding = agreement.mean
 
     def probe(self) -> Agreement:
-        """Samples from the engine, after prompts of random tokens, one of which shows a picture if it can, and compares with the policy's forward and with the
-        engine's answers of the last time."""
+        """Samples from the engine, after prompts of random tokens, one of which shows a picture if it can, and compares
+        with the policy's forward and with the engine's answers of the last time."""
         config = self.policy.model.config
         vocabulary = config.get_text_config().vocab_size
         prompts = list(philox("probe").integers(0, vocabulary, (PROBE_PROMPTS, PROBE_LENGTH)).astype(np.int32))
@@ -214,7 +214,13 @@ def show_noise(ids: np.ndarray, config: Any) -> PicturedPrompt:
     around = np.where(ids == config.image_token_id, 0, ids)
     half = len(around) // 2
     shown = np.full(math.prod(PROBE_TOKENS), config.image_token_id)
-    row = [around[:half], [config.vision_start_token_id], shown, [config.vision_end_token_id], around[half:]]
+    row: list[np.ndarray | list[int]] = [
+        around[:half],
+        [config.vision_start_token_id],
+        shown,
+        [config.vision_end_token_id],
+        around[half:],
+    ]
     return PicturedPrompt.of(np.concatenate(row), [Picture("probe", grid, lambda: patches)])
 
 

@@ -57,8 +57,8 @@ class VllmServed:
         """
         if any(pictures_of(prompt) for prompt in prompts):
             raise NearFutureError(
-                f"vllm.url {self.url} is given token ids alone, and a prompt shows pictures; leave vllm.url out, so that "
-                "vLLM runs in a process of ours"
+                f"vllm.url {self.url} is given token ids alone, and a prompt shows pictures; leave vllm.url out, so "
+                "that vLLM runs in a process of ours"
             )
         per_prompt = len(seeds) // len(prompts)
         rows = [prompt.tolist() for prompt in prompts for _ in range(per_prompt)]

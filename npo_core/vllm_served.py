@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from npo_core.interfaces import NearFutureError, SamplingParams
+from npo_core.pictures import pictures_of
 
 REQUESTS_AT_ONCE = 64
 TIMEOUT_S = 600.0
@@ -26,6 +27,8 @@ class VllmServed:
     Args:
         url: the server's address, without `/v1`.
     """
+
+    sees = False
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -47,7 +50,16 @@ class VllmServed:
     def sample(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, seeds: Sequence[int]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """(completion ids, log-probabilities) of one completion a seed, prompt-major."""
+        """(completion ids, log-probabilities) of one completion a seed, prompt-major.
+
+        Raises:
+            NearFutureError: a prompt shows pictures; the server answers otherwise than it should, or not.
+        """
+        if any(pictures_of(prompt) for prompt in prompts):
+            raise NearFutureError(
+                f"vllm.url {self.url} is given token ids alone, and a prompt shows pictures; leave vllm.url out, so "
+                "that vLLM runs in a process of ours"
+            )
         per_prompt = len(seeds) // len(prompts)
         rows = [prompt.tolist() for prompt in prompts for _ in range(per_prompt)]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:

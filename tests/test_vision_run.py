@@ -117,7 +117,10 @@ def test_an_exported_checkpoint_is_a_model_that_sees(run: RunArtifacts, tmp_path
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"vllm": {"samples": ["guide"]}}, r"vllm\.samples \[guide\] is given token ids alone; set it to \[\]"),
+        (
+            {"vllm": {"samples": ["guide"], "url": "http://gpu"}},
+            r"vllm\.url http://gpu is given token ids .*; leave it",
+        ),
         ({"model": {"lora": {"rank": 2}}}, r"model\.lora trains language models alone; remove the section model\.lora"),
     ],
 )
@@ -153,5 +156,5 @@ def test_a_benchmark_brings_its_pictures_and_is_refused_by_engines_that_take_non
     file = BenchmarkFile.model_validate({"name": "more-shapes", "data": data})
     opened = open_benchmark(file, config(tmp_path), None)
     assert sorted(opened.pictures) == picture_refs(opened.table)
-    with pytest.raises(ConfigurationError, match=r"vllm\.samples \[evaluation\] is given token ids alone"):
-        open_benchmark(file, config(tmp_path, vllm={"samples": ["evaluation"]}), None)
+    with pytest.raises(ConfigurationError, match=r"vllm\.url http://gpu is given token ids alone"):
+        open_benchmark(file, config(tmp_path, vllm={"samples": ["evaluation"], "url": "http://gpu"}), None)

@@ -135,6 +135,7 @@ def weights_digest(model_dir: Path) -> str:
 
 def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     """Writes the run's record, and then everything that the record speaks of."""
+    fingerprint = environment(config, "rollout")
     model_dir = starting_model(config, scratch / "source")
     model, tokenizer = _usable_parts(model_dir)
     loaded = _prompts(config, model_dir, model, tokenizer)
@@ -172,7 +173,7 @@ def _freeze(config: Config, run: RunArtifacts, scratch: Path) -> RunRecord:
     for name in ("config.json", "generation_config.json"):
         if (model_dir / name).exists():
             shutil.copyfile(model_dir / name, tokenizer_dir / name)
-    run.put_model(tokenizer_dir, environment=environment(config, "rollout"))
+    run.put_model(tokenizer_dir, environment=fingerprint)
     return record
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import logging
 import os
@@ -38,6 +38,21 @@ LONGEST_TMPDIR = 80
 """Bytes. The path of a Unix socket may have 107 on Linux and 103 on macOS, and ours adds `/npo-XXXXXXXX/socket`."""
 
 
+def deepspeed_version() -> str:
+    """The version that is installed.
+
+    Raises:
+        ConfigurationError: none is.
+    """
+    try:
+        return importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigurationError(
+            "learner.engine deepspeed needs DeepSpeed, which is not installed; `make setup-engines` installs it, "
+            "or use learner.engine torch"
+        ) from error
+
+
 class DeepSpeedLearner:
     """Updates a policy in processes of its own, which start with the first `load`.
 
@@ -51,11 +66,7 @@ class DeepSpeedLearner:
     """
 
     def __init__(self, policy: Policy, config: Config, reference: Policy | None = None) -> None:
-        if importlib.util.find_spec("deepspeed") is None:
-            raise ConfigurationError(
-                "learner.engine deepspeed needs DeepSpeed, which is not installed; `make setup-engines` installs it, "
-                "or use learner.engine torch"
-            )
+        deepspeed_version()
         self.policy, self.config, self.reference = policy, config, reference
         self._group: Group | None = None
 

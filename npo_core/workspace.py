@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.metadata
 import logging
 import platform
 import tempfile
@@ -21,6 +20,7 @@ import transformers
 
 from npo_core import lineage
 from npo_core.artifacts import RunArtifacts
+from npo_core.deepspeed_learner import deepspeed_version
 from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
 from npo_core.interfaces import Generator, LocalCheckpoint, NearFutureError, Prompt, Verdict, Verifier
@@ -347,7 +347,7 @@ def _learner_name(config: Config) -> str:
         return "torch"
     spread = config.deepspeed
     parts = [
-        f"deepspeed {importlib.metadata.version('deepspeed')}",
+        f"deepspeed {deepspeed_version()}",
         f"{spread.ranks} ranks",
         f"ZeRO {spread.zero_stage}",
     ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
 
 import pytest
 
+from npo_core.begin import begin
 from npo_core.interfaces import ConfigurationError
 from npo_core.launch import launch_command
+from schemas.config import Config
 from schemas.deepspeed import DeepSpeedSection
 
 
@@ -52,3 +55,18 @@ def test_a_hostfile_that_cannot_be_used_is_refused(tmp_path: Path, text: str | N
     with pytest.raises(ConfigurationError, match=r"deepspeed\.hostfile") as raised:
         launch_command(DeepSpeedSection(ranks=4, hostfile=str(tmp_path / "hosts")), tmp_path)
     assert said in str(raised.value)
+
+
+def test_without_deepspeed_no_run_begins_and_the_remedy_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("npo_core.deepspeed_learner.importlib.metadata.version", missing)
+    config = Config.model_validate(
+        {"run": {"name": "t", "store": f"file://{tmp_path}/store"}, "learner": {"engine": "deepspeed"}}
+    )
+    with pytest.raises(ConfigurationError, match=r"needs DeepSpeed, which is not installed; `make setup-engines`"):
+        begin(config)
+    assert not list(tmp_path.rglob("*.json"))

@@ -15,7 +15,7 @@ from npo_core.benchmarks import open_benchmark
 from npo_core.export import export_checkpoint
 from npo_core.interfaces import ConfigurationError
 from npo_core.picture_files import picture_refs
-from npo_core.pictures import load_processor
+from npo_core.pictures import load_processor, require_supported
 from npo_core.policy import Policy
 from npo_core.sources.load import load
 from npo_core.store import StoreError
@@ -133,9 +133,8 @@ def test_engines_that_take_no_pictures_are_refused_before_a_run_begins(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_with_pictures_begins_under_deepspeed(tmp_path: Path) -> None:
-    run = begin(config(tmp_path, learner={"engine": "deepspeed"})).run
-    assert run.store.list(layout.PICTURES)
+def test_deepspeed_and_vllm_in_a_process_of_ours_take_pictures(tmp_path: Path) -> None:
+    require_supported(config(tmp_path, learner={"engine": "deepspeed"}, vllm={"samples": ["rollout", "guide"]}))
 
 
 def test_a_language_model_is_refused_for_pictures(tmp_path: Path) -> None:

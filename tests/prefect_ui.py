@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from selenium.common.exceptions import StaleElementReferenceException, TimeoutException, WebDriverException
 from selenium.webdriver.common.by import By
@@ -57,18 +56,6 @@ class PrefectUI:
             return True
 
         WebDriverWait(self.browser, WAIT_S, ignored_exceptions=[WebDriverException]).until(clicked, f"click {xpath}")
-
-    def leave_by(self, xpath: str) -> None:
-        """Clicks it until another page is shown: a busy page may not hear the first time."""
-        path = urlsplit(self.browser.current_url).path
-
-        def left(_: WebDriver) -> bool:
-            if urlsplit(self.browser.current_url).path == path:
-                self.see(xpath, LOGIN_S).click()
-                WebDriverWait(self.browser, LOGIN_S).until(lambda browser: urlsplit(browser.current_url).path != path)
-            return True
-
-        WebDriverWait(self.browser, WAIT_S, ignored_exceptions=[WebDriverException]).until(left, f"leave by {xpath}")
 
     def log_in(self) -> None:
         """Gives the server's auth string where it is asked for. A page whose first question to a busy server was

@@ -58,7 +58,7 @@ def test_a_stage_is_started_in_the_ui_and_its_artifact_read_there(
         uri.send_keys(run.uri)
         ui.click(parameter.format("step (Optional)") + "//button[normalize-space()='int']")
         ui.see(parameter.format("step (Optional)") + "//input").send_keys("6")
-        ui.leave_by("//button[normalize-space()='Submit']")
+        ui.click("//button[normalize-space()='Submit']")
 
         ui.click(f"//main//a[contains(@href, '/runs/flow-run/')][contains(., '{run.uri}')]")
         ui.see("//main//*[normalize-space(text())='Completed']")

@@ -17,7 +17,8 @@ What lies where:
 - guides: guide, guide_sources, guide_files, shards
 - data and answers: prompts, sources, room, stops, testbed, verifiers
 - pictures in prompts: pictures, picture_files, vision, shapes
-- a run and its tree of legs: begin, workspace, run_config, artifacts, run_files, legs, checkpoints, lineage, faults
+- a run and its tree of legs: begin, workspace, environment, run_config, artifacts, run_files, legs, checkpoints,
+  lineage, faults
 - the store: store, objects, s3, parquet, rows, overlay
 - what is checked: redo, verify, verify_removals, findings
 - what is swept: gc, debris, inventory, retention, tombstones, leases

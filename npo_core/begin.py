@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from npo_core import shapes, testbed
 from npo_core.artifacts import RunArtifacts, main_line_checkpoint, open_run, prompts_digest
-from npo_core.interfaces import ConfigurationError, NearFutureError
+from npo_core.environment import environment
+from npo_core.interfaces import ConfigurationError, NearFutureError, first_line
 from npo_core.lora import has_adapter, merge
 from npo_core.pictures import PROCESSOR_FILES, load_processor, pictured_counter, require_supported
 from npo_core.prompts import to_arrow
@@ -26,7 +27,7 @@ from npo_core.sources.load import Loaded, load
 from npo_core.sources.told import told
 from npo_core.store import open_store
 from npo_core.verifiers.kinds import load_verifier
-from npo_core.workspace import Workspace, environment, new_leg, now
+from npo_core.workspace import Workspace, new_leg, now
 from schemas.config import Config
 from schemas.digest import digest_bytes, digest_json
 from schemas.records import CheckpointRef, RunRecord
@@ -224,7 +225,7 @@ def _usable_parts(model_dir: Path) -> tuple[Any, Any]:
         part = "tokenizer"
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except Exception as error:  # transformers raises what its parsers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigurationError(
             f"model.path {model_dir}: its {part} cannot be used ({reason}); give a complete transformers model "
             "directory, with tokenizer and chat template"

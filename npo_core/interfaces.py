@@ -32,6 +32,11 @@ class ConfigurationError(NearFutureError):
     """Bad usage or configuration: exit code 2."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library's says first, or its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt row."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npo_core.checks import Notes
-from npo_core.interfaces import ConfigurationError, NearFutureError
+from npo_core.interfaces import ConfigurationError, NearFutureError, first_line
 from npo_core.model_shape import ModelShape, model_shape
 from npo_core.room import positions
 from schemas.config import Config
@@ -137,7 +137,7 @@ def _pictures(folder: Path, model: Any) -> PictureProcessor | None:
 
 
 def _unusable(folder: Path, part: str, error: Exception) -> ConfigurationError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return ConfigurationError(
         f"model.path {folder}: its {part} cannot be used ({reason}); give a complete transformers model "
         "directory, with tokenizer and chat template"
@@ -184,7 +184,7 @@ def _adapters(config: Config, notes: Notes, model: Any) -> int | None:
     except ConfigurationError:
         raise
     except Exception as error:  # a class that transformers has no causal language model for, say
-        notes.unchecked(f"the adapters' size: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        notes.unchecked(f"the adapters' size: {first_line(error)}")
         return None
     notes.ok(f"adapters of {count:,} parameters fit the model")
     return count

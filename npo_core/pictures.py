@@ -19,7 +19,7 @@ import numpy as np
 import transformers
 from PIL import Image
 
-from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt
+from npo_core.interfaces import ConfigurationError, NearFutureError, Prompt, first_line
 from npo_core.prompts import PLAIN, counter, encode
 from schemas.chat import ChatSection
 from schemas.config import Config
@@ -171,7 +171,7 @@ def pictured_counter(
         try:
             return encoder.length(tokenizer, prompt, chat)
         except Exception as error:  # a template raises what it likes
-            raise ValueError(_first_line(error)) from error
+            raise ValueError(first_line(error)) from error
 
     return tokens
 
@@ -203,21 +203,16 @@ def load_processor(model_dir: Path) -> PictureProcessor:
         config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
     except Exception as error:  # transformers raises what its parsers raise
         raise ConfigurationError(
-            f"model.path {model_dir}: its config.json cannot be used ({_first_line(error)}); give a complete "
+            f"model.path {model_dir}: its config.json cannot be used ({first_line(error)}); give a complete "
             "transformers model directory"
         ) from error
-    token = getattr(config, "image_token_id", None)
-    if not sees_pictures(config) or token is None:
-        raise ConfigurationError(
-            f"the data hold pictures, but model.path names a {config.model_type} model, which sees none; choose a "
-            "vision-language model (Qwen3-VL), or data without pictures"
-        )
+    require_sight(config)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(model_dir, backend="pil", local_files_only=True)
         merge_size = processor.merge_size
     except Exception as error:  # transformers raises what its parsers raise
         raise ConfigurationError(
-            f"model.path: the image processor of the {config.model_type} model cannot be used ({_first_line(error)}); "
+            f"model.path: the image processor of the {config.model_type} model cannot be used ({first_line(error)}); "
             "give a complete model directory of the Qwen-VL family, with preprocessor_config.json"
         ) from error
     if merge_size != config.vision_config.spatial_merge_size:
@@ -226,7 +221,7 @@ def load_processor(model_dir: Path) -> PictureProcessor:
             f"{config.vision_config.spatial_merge_size}×{config.vision_config.spatial_merge_size}; restore the "
             "processor's configuration that belongs to the model"
         )
-    return PictureProcessor(processor, int(token))
+    return PictureProcessor(processor, config.image_token_id)
 
 
 def require_supported(config: Config) -> None:
@@ -246,10 +241,22 @@ def require_supported(config: Config) -> None:
         raise ConfigurationError(f"data.source {config.data.source} holds pictures: {'. '.join(faults)}")
 
 
+def require_sight(config: Any, shown: str = "pictures") -> None:
+    """Refuses a transformers configuration of a model that sees no pictures.
+
+    Args:
+        shown: what the data hold, in words.
+
+    Raises:
+        ConfigurationError: names the kind of the model.
+    """
+    if not sees_pictures(config) or getattr(config, "image_token_id", None) is None:
+        raise ConfigurationError(
+            f"the data hold {shown}, but model.path names a {config.model_type} model, which sees none; choose a "
+            "vision-language model (Qwen3-VL), or data without pictures"
+        )
+
+
 def sees_pictures(config: Any) -> bool:
     """Whether a transformers configuration is that of a vision-language model."""
     return getattr(config, "vision_config", None) is not None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

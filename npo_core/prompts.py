@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from npo_core.interfaces import ConfigurationError, Prompt
+from npo_core.interfaces import ConfigurationError, Prompt, first_line
 from npo_core.streams import philox
 from schemas.chat import ChatSection
 from schemas.digest import canonical_json
@@ -138,7 +138,7 @@ def counter(tokenizer: Any, chat: ChatSection) -> Callable[[Prompt], int]:
         try:
             length = len(encode(tokenizer, prompt, chat))
         except Exception as error:  # a template raises what it likes
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             hint = "" if chat.system_prompt is None else "; it may know no system message: remove chat.system_prompt"
             raise ValueError(f"{reason}{hint}") from error
         if not length:

@@ -87,18 +87,15 @@ def check_pictures(config: Config, model: FoundModel | None, data: FoundData, no
     Raises:
         ConfigurationError: an engine takes none, or the model sees none.
     """
-    from npo_core.pictures import require_supported, sees_pictures
+    from npo_core.pictures import require_sight, require_supported
 
     require_supported(config)
     shown = {ref for prompt in (*data.train, *data.held_out) for ref in prompt.image_refs}
     if model is None:
         notes.unchecked(f"{len(shown):,} pictures: the model is not known")
-    elif not sees_pictures(model.config):
-        notes.fail(
-            f"the data hold {len(shown):,} pictures, but model.path names a {model.config.model_type} model, which "
-            "sees none; choose a vision-language model (Qwen3-VL), or data without pictures"
-        )
-    elif model.pictures is None:
+        return
+    require_sight(model.config, f"{len(shown):,} pictures")
+    if model.pictures is None:
         notes.unchecked(f"{len(shown):,} pictures: there is no image processor to cut them with")
     else:
         notes.ok(f"{len(shown):,} pictures, each stored once, for a model that sees")
@@ -114,6 +111,8 @@ def check_context(config: Config, model: FoundModel | None, data: FoundData | No
         notes.unchecked("the longest prompt in tokens: there are no prompts")
     else:
         longest = data.longest or _longest(config, model, data)
+        if longest is None:
+            notes.unchecked("the longest prompt in tokens: there is no image processor to count its pictures with")
     prompt = longest or 1
     limits = [("the model's positions", None if model is None else model.positions)]
     if config.vllm.samples:
@@ -132,18 +131,13 @@ def check_context(config: Config, model: FoundModel | None, data: FoundData | No
     return longest
 
 
-def _longest(config: Config, model: FoundModel, data: FoundData) -> int:
-    from npo_core.pictures import PictureEncoder
-    from npo_core.prompts import counter
-
-    tokens = counter(model.tokenizer, config.chat)
-    encoder = PictureEncoder(model.pictures, data.pictures.__getitem__) if model.pictures else None
+def _longest(config: Config, model: FoundModel, data: FoundData) -> int | None:
+    tokens = _counter(config, model)
+    if tokens is None:
+        return None
     try:
-        return max(
-            encoder.length(model.tokenizer, prompt, config.chat) if encoder and prompt.image_refs else tokens(prompt)
-            for prompt in (*data.train, *data.held_out)
-        )
-    except (ValueError, NearFutureError) as error:
+        return max(tokens(prompt, data.pictures) for prompt in (*data.train, *data.held_out))
+    except ValueError as error:
         raise ConfigurationError(
             f"the model's chat template cannot be used ({error}); give a model that has one"
         ) from error

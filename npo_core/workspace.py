@@ -5,27 +5,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import platform
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import transformers
 
 from npo_core import lineage
 from npo_core.artifacts import RunArtifacts
-from npo_core.deepspeed_learner import deepspeed_version
 from npo_core.engine import Engine
 from npo_core.guide import GuideTrajectories, GuideTrajectory, by_prompt, read_guide
 from npo_core.interfaces import Generator, LocalCheckpoint, NearFutureError, Prompt, Verdict, Verifier
 from npo_core.pictures import PictureEncoder, load_processor, pictured_counter, require_supported
-from npo_core.policy import Policy, choose_device, device_name
+from npo_core.policy import Policy
 from npo_core.prompts import PromptTable, encode
 from npo_core.rows import EVERY_ROW, Where, read_rows
 from npo_core.run_config import configure
@@ -34,7 +31,6 @@ from npo_core.shards import sampling_config
 from npo_core.sources.load import Tokens
 from npo_core.stops import Stops
 from npo_core.verifiers.kinds import load_verifier
-from npo_core.vllm_version import sampler_name
 from schemas import tables
 from schemas.config import Config
 from schemas.decisions import MonitorState
@@ -42,8 +38,6 @@ from schemas.records import CheckpointRef, GuideManifest, LegKind, LegRecord, Ru
 from schemas.sharding import ShardingSection
 
 logger = logging.getLogger("npo")
-
-Sampled = Literal["rollout", "guide", "evaluation"]
 
 
 class Workspace:
@@ -315,51 +309,6 @@ def require_same_terms(guide: GuideManifest, record: RunRecord) -> None:
                 f"guide {guide.guide_id} was made under another {name} ({theirs[:24]}) than run {record.run_id} uses "
                 f"({ours[:24]}); make the guide again in this run"
             )
-
-
-def environment(config: Config, sampled: Sampled | None) -> dict[str, str]:
-    """Fingerprint of what computes: shown beside an artifact, not part of any identity.
-
-    Args:
-        sampled: the work whose sampler stands in it; None for work that transformers always sample.
-    """
-    learner = config.learner
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "device": device_name(choose_device(learner.device)),
-        "threads": str(learner.threads),
-        # How work is cut into passes changes sums by rounding.
-        "passes": "/".join(map(str, (config.rollout.max_rows, learner.micro_batch_tokens, learner.chunk_tokens))),
-        "chunk_vocab": str(learner.chunk_vocab),
-        "attention": config.model.attention,
-        "gradient_checkpointing": str(learner.gradient_checkpointing),
-        "generator": sampler_name(config.vllm) if sampled in config.vllm.samples else "transformers",
-        "learner": _learner_name(config),
-    }
-
-
-def _learner_name(config: Config) -> str:
-    """The learner's engine; DeepSpeed's with its version and how it is spread, which changes sums by rounding."""
-    if config.learner.engine == "torch":
-        return "torch"
-    spread = config.deepspeed
-    parts = [
-        f"deepspeed {deepspeed_version()}",
-        f"{spread.ranks} ranks",
-        f"ZeRO {spread.zero_stage}",
-    ]
-    parts += [name for name in ("offload_optimizer", "offload_param") if getattr(spread, name)]
-    return ", ".join(parts + ([f"on the hosts of {spread.hostfile}"] if spread.hostfile else []))
-
-
-def warn_of_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Says what differs between two fingerprints: from here on, bits may differ from an undisturbed run's."""
-    changes = [f"{k} {v} → {now.get(k)}" for k, v in before.items() if v != now.get(k)]
-    if changes:
-        logger.warning("the environment changed since the last checkpoint: %s", ", ".join(changes))
 
 
 def now() -> str:

@@ -67,11 +67,11 @@ def train_segment(run: str, leg: LegRecord, start: int, stop: int) -> SegmentMan
 
 
 def _train(opened: Workspace, leg: LegRecord, parent: CheckpointRef, stop: int) -> SegmentManifest:
+    from npo_core.environment import environment, warn_of_changes
     from npo_core.guide_sources import window_steps
     from npo_core.monitor import MONITOR_FILE
     from npo_core.progress import progress_bar
     from npo_core.segment import run_segment
-    from npo_core.workspace import environment, warn_of_changes
 
     start, epoch = parent.step, None
     if leg.kind in MAIN_LINE_KINDS:

@@ -37,8 +37,8 @@ def make_guide(
     """Collects correct answers to prompts of steps [start, stop), by default to every distinct one, from the sources
     that `future.source` names, and commits them. Found if they are committed."""
     from npo_core import guide_sources as sources
+    from npo_core.environment import environment
     from npo_core.lineage import guide_id
-    from npo_core.workspace import environment
 
     if not (start < stop and start < checkpoint.step):
         raise ConfigurationError(
@@ -109,9 +109,9 @@ def evaluate_policy(run: str, checkpoint: CheckpointRef, benchmark: BenchmarkFil
     """Samples answers to the held-out prompts, or a benchmark's, from a checkpoint, and commits the scores. Found if
     committed."""
     from npo_core.benchmarks import open_benchmark
+    from npo_core.environment import environment
     from npo_core.evaluate import evaluate_policy
     from npo_core.lineage import eval_id
-    from npo_core.workspace import environment
 
     opened = workspace(run)
     samples, greedy = opened.config.evaluation.samples, opened.config.evaluation.greedy

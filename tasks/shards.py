@@ -69,8 +69,8 @@ def sample_shard(run: str, guide_id: str, spec: GuideSpec, number: int, of: int)
         number: the shard's, from 1.
         of: how many there are.
     """
+    from npo_core.environment import environment
     from npo_core.lineage import shard_id
-    from npo_core.workspace import environment
 
     with _worker(run, number) as opened:
         committed = opened.run.shard(guide_id, shard_id(guide_id, spec.prompt_ids))

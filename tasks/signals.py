@@ -16,9 +16,9 @@ def measure_signal(
 ) -> SignalManifest:
     """Measures Q, V and S over a grid of steps and distances, and commits them. Found if they are committed."""
     from npo_core.artifacts import main_line_checkpoints
+    from npo_core.environment import environment
     from npo_core.lineage import signal_id
     from npo_core.signal_study import grid, measure_signal
-    from npo_core.workspace import environment
 
     opened = workspace(run)
     settings = opened.config.autonpo

@@ -6,6 +6,7 @@ carried on. A last symbol alone could be guessed; all of them cannot, without th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -140,8 +141,9 @@ def draw_pictures(count: int, held_out: int, min_length: int, max_length: int, s
     return {ref: file for name, size in pools for _, ref, file in _pool(name, size, min_length, max_length, seed)}
 
 
-def _pool(name: str, size: int, min_cells: int, max_cells: int, seed: int) -> list[tuple[Question, str, bytes]]:
-    """Questions, each with its picture's reference and file."""
+@functools.lru_cache(maxsize=4)
+def _pool(name: str, size: int, min_cells: int, max_cells: int, seed: int) -> tuple[tuple[Question, str, bytes], ...]:
+    """Questions, each with its picture's reference and file; drawn once for prompts and pictures."""
     allowed, colours = grids(min_cells, max_cells), tuple(COLOURS)
     rng = philox("shapes", seed, name)
     found: list[tuple[Question, str, bytes]] = []
@@ -151,4 +153,4 @@ def _pool(name: str, size: int, min_cells: int, max_cells: int, seed: int) -> li
         for family in FAMILIES[: size - n * len(FAMILIES)]:
             colour = colours[rng.integers(len(colours))] if family.names_colour else ""
             found.append((Question(family, scene, colour), digest_bytes(file), file))
-    return found
+    return tuple(found)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from npo_core.interfaces import ConfigurationError, Prompt
+from npo_core.interfaces import ConfigurationError, Prompt, first_line
 from npo_core.sources.columns import Mapped
 from npo_core.sources.rows import EmptyRowError, UnusableRowError
 from schemas.data import GymTask
@@ -29,7 +29,7 @@ def generate(task: GymTask) -> Iterator[tuple[str, Any]]:
     try:
         made = reasoning_gym.create_dataset(task.name, size=task.size, seed=task.seed, **task.parameters)
     except Exception as error:  # each task checks its own parameters
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigurationError(
             f"data.tasks {task.name} with {task.parameters or 'no parameters'} is none of reasoning-gym's ({reason}); "
             "correct its name or parameters"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npo_core.interfaces import ConfigurationError
+from npo_core.interfaces import ConfigurationError, first_line
 from schemas.data import DataSection
 
 ROWS_AT_ONCE = 256
@@ -201,7 +201,7 @@ def _hub(data: DataSection, path: str, split: str, wanted: Callable[[str], bool]
             else:
                 loaded = datasets.load_dataset(path, name=data.subset, split=split, revision=data.revision)
         except Exception as error:  # what its parsers and its client raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise ConfigurationError(
                 f"data.path {path}: its split {split!r} cannot be loaded ({type(error).__name__}: {reason}); give a "
                 "directory or a name on the hub, and data.split and data.subset that it has"

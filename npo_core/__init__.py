@@ -15,7 +15,7 @@ What lies where:
 - vLLM: vllm_generator, vllm_process, vllm_worker, vllm_served, vllm_version, weight_sync
 - DeepSpeed: deepspeed_learner, deepspeed_messages, deepspeed_rank, deepspeed_worker, launch, ranks, zero
 - guides: guide, guide_sources, guide_files, shards
-- data and answers: prompts, sources, room, stops, testbed, verifiers
+- data and answers: prompts, sources, room, stops, testbed, demonstrations, verifiers
 - pictures in prompts: pictures, picture_files, vision, shapes
 - a run and its tree of legs: begin, workspace, environment, run_config, artifacts, run_files, legs, checkpoints,
   lineage, faults

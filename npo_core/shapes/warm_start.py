@@ -6,9 +6,8 @@ warm-start DIR` makes the shipped model again, and measures what it sees.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.utils import logging as transformers_logging
 
+from npo_core.demonstrations import IGNORED, descend, deterministic, seal
 from npo_core.padding import pad
 from npo_core.pictures import PicturedPrompt, PictureEncoder, load_processor
 from npo_core.shapes.families import FAMILIES, Question
@@ -24,10 +24,6 @@ from npo_core.shapes.model import END, ModelSizes, build_model, build_processor,
 from npo_core.shapes.scene import COLOURS, GRIDS, draw_scene
 from npo_core.streams import philox
 from npo_core.vision import Vision
-from schemas.digest import digest_bytes
-
-IGNORED = -100
-"""Label of a token that is not learned: prompt and padding."""
 
 
 @dataclass(frozen=True)
@@ -102,30 +98,16 @@ def train(recipe: WarmStartRecipe, target: Path, on_step: Callable[[int, float],
         Hexadecimal SHA-256 of `model.safetensors`; equal recipes give equal weights on one machine kind.
     """
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(recipe.threads)
     build_tokenizer().save_pretrained(target)
     build_processor().save_pretrained(target)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with deterministic(recipe):
         model = build_model(recipe.sizes).train()
-    model.config.save_pretrained(target)
-    vision, shown = Vision(model), Demonstrations(recipe, target)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    for step in range(recipe.steps):
-        loss = demonstration_loss(model, vision, *shown.batch(step))
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate_at(step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        optimizer.step()
-        if on_step is not None:
-            on_step(step, loss.item())
+        model.config.save_pretrained(target)
+        vision, shown = Vision(model), Demonstrations(recipe, target)
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+        descend(recipe, optimizer, lambda step: demonstration_loss(model, vision, *shown.batch(step)), on_step)
     model.to(torch.bfloat16).save_pretrained(target)
-    digest = digest_bytes((target / "model.safetensors").read_bytes())
-    document = {"recipe": asdict(recipe), "sha256": digest, "torch": torch.__version__}
-    (target / "recipe.json").write_text(json.dumps(document, indent=2) + "\n")
-    return digest
+    return seal(recipe, target)
 
 
 def demonstration_loss(

@@ -6,10 +6,9 @@ The policy then knows the right and the wrong rule of every family, as a pretrai
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from npo_core.demonstrations import IGNORED, descend, deterministic, seal
 from npo_core.progress import progress_bar
 from npo_core.streams import philox
 from npo_core.testbed.families import FAMILIES, draw
 from npo_core.testbed.tokenizer import END, PAD, VOCABULARY, build_tokenizer
-from schemas.digest import digest_bytes
-
-IGNORED = -100
-"""Label of a token that is not learned: prompt and padding."""
 
 
 @dataclass(frozen=True)
@@ -124,41 +120,20 @@ def train(recipe: WarmStartRecipe, target: Path, on_step: Callable[[int, float],
     transformers_logging.disable_progress_bar()
     tokenizer = build_tokenizer()
     rng = philox("warm start", recipe.seed)
-    with _deterministic(recipe):
+    with deterministic(recipe):
         model = build_model(recipe).train()
-        optimizer = torch.optim.AdamW(model.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay)
-        for step in range(recipe.steps):
+
+        def loss_of(_: int) -> Tensor:
             ids_BT, labels_BT = demonstrations(recipe, tokenizer, rng)
             # Causal attention: right padding needs no mask, nothing that is learned looks at it.
             logits_BTV = model(input_ids=ids_BT).logits[:, :-1]
-            loss = cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate_at(step)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-            optimizer.step()
-            if on_step is not None:
-                on_step(step, loss.item())
+            return cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED)
+
+        optimizer = torch.optim.AdamW(model.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay)
+        descend(recipe, optimizer, loss_of, on_step)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    digest = digest_bytes((target / "model.safetensors").read_bytes())
-    document = {"recipe": asdict(recipe), "sha256": digest, "torch": torch.__version__}
-    (target / "recipe.json").write_text(json.dumps(document, indent=2) + "\n")
-    return digest
-
-
-@contextlib.contextmanager
-def _deterministic(recipe: WarmStartRecipe) -> Iterator[None]:
-    """The recipe's seed and threads, and the caller's again afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(recipe.threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    return seal(recipe, target)
 
 
 def rebuild(target: Path) -> tuple[str, str]:

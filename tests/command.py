@@ -12,7 +12,7 @@ from typing import Any
 
 from npo_core import parquet
 from npo_core.artifacts import RunArtifacts
-from tests.warm_start import WarmParent
+from tests.preloaded import PreloadedParent
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -28,7 +28,7 @@ SMALL = {
 }
 
 
-_parent: WarmParent | None = None
+_parent: PreloadedParent | None = None
 
 
 def npo(
@@ -37,7 +37,7 @@ def npo(
     """Runs `npo` with these arguments to its end."""
     global _parent
     if _parent is None:
-        _parent = WarmParent()
+        _parent = PreloadedParent()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return _parent.run([*map(str, arguments)], environment, timeout)
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npo_core import testbed
+from npo_core.demonstrations import IGNORED
 from npo_core.prompts import encode
 from npo_core.testbed.families import FAMILIES, Problem, draw
 from npo_core.testbed.tokenizer import END, VOCABULARY, build_tokenizer
-from npo_core.testbed.warm_start import IGNORED, WarmStartRecipe, demonstrations, train
+from npo_core.testbed.warm_start import WarmStartRecipe, demonstrations, train
 from schemas.digest import digest_bytes
 
 FAMILY = {family.name: family for family in FAMILIES}

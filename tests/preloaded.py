@@ -24,13 +24,13 @@ ROOT = Path(__file__).parent.parent
 IMPORTED = ("torch", "transformers.models.qwen3.modeling_qwen3")
 
 
-class WarmParent:
+class PreloadedParent:
     """The parent; it ends with this process."""
 
     def __init__(self) -> None:
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-m", "tests.warm_start", str(theirs.fileno())]
+            command = [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             self._process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()])
 

@@ -20,11 +20,12 @@ from npo_core.padding import pad
 from npo_core.pictures import PicturedPrompt, PictureEncoder, load_processor, pictures_of
 from npo_core.policy import Policy
 from npo_core.shapes.families import draw_pictures, make_prompts
-from npo_core.shapes.model import END, IMAGE, VOCABULARY, ModelSizes, build_model, build_processor, build_tokenizer
+from npo_core.shapes.model import END, IMAGE, VOCABULARY, ModelSizes, build_processor, build_tokenizer
 from schemas.config import Config
 from schemas.learner import LearnerSection
 from schemas.model import ModelSection
 from tests.tiny import tiny_model_dir
+from tests.tiny_vlm import tiny_vlm_dir
 
 IMAGE_ID, STOP_ID = VOCABULARY.index(IMAGE), VOCABULARY.index(END)
 SIZES = ModelSizes(hidden=32, layers=2, head_dim=16, mlp=48, vision_hidden=16, vision_mlp=24)
@@ -36,17 +37,7 @@ POOL = (12, 4, 3, 12, 3)
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3-VL with random weights, spread enough that its distributions are far from uniform."""
-    path = tmp_path_factory.mktemp("vlm")
-    torch.manual_seed(0)
-    model = build_model(SIZES)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-    model.save_pretrained(path)
-    TOKENIZER.save_pretrained(path)
-    build_processor().save_pretrained(path)
-    return path
+    return tiny_vlm_dir(tmp_path_factory.mktemp("vlm"), SIZES, spread=8)
 
 
 @pytest.fixture(scope="module")

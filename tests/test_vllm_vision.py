@@ -13,7 +13,7 @@ from npo_core.interfaces import LocalCheckpoint, NearFutureError, Prompt, Sampli
 from npo_core.pictures import PicturedPrompt, PictureEncoder, load_processor, pictures_of
 from npo_core.policy import Policy
 from npo_core.shapes.families import draw_pictures, make_prompts
-from npo_core.shapes.model import END, VOCABULARY, ModelSizes, build_model, build_processor, build_tokenizer
+from npo_core.shapes.model import END, VOCABULARY, ModelSizes, build_tokenizer
 from npo_core.vllm_generator import VllmGenerator
 from npo_core.vllm_process import VllmProcess
 from npo_core.weight_sync import compare
@@ -21,6 +21,7 @@ from schemas.learner import LearnerSection
 from schemas.model import ModelSection
 from schemas.vllm import VllmSection
 from tests.command import ROOT
+from tests.tiny_vlm import tiny_vlm_dir
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 
@@ -40,16 +41,7 @@ POOL = (12, 4, 3, 12, 3)
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a Qwen3-VL with random weights, spread enough that what it sees matters."""
     path = tmp_path_factory.mktemp("vlm")
-    torch.manual_seed(0)
-    model = build_model(SIZES)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3)
-    model.save_pretrained(path / "weights")
-    TOKENIZER.save_pretrained(path / "processor")
-    build_processor().save_pretrained(path / "processor")
-    (path / "processor" / "config.json").write_bytes((path / "weights" / "config.json").read_bytes())
+    tiny_vlm_dir(path / "weights", SIZES, spread=3, processor_dir=path / "processor")
     return path
 
 

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from npo_core import shapes
@@ -27,6 +28,7 @@ from npo_core.compare import curve
 from npo_core.progress import progress_bar
 from npo_core.shapes.warm_start import WarmStartRecipe, train
 from tests.bench.arms import Arm
+from tests.bench.intervals import paired_t
 from tests.bench.output import arguments, markdown, write_json
 from tests.bench.runs import Ending, ending, jobs_of, read, run_all
 from tests.bench.sight import Sight, measure
@@ -77,7 +79,10 @@ def curves(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if options.plot:
         plot(found, options.plot)
     result = {arm: {seed: line.to_dicts() for seed, line in seeds.items()} for arm, seeds in found.items()}
-    return f"{curves_table(found)}\n\n{costs_table(ended)}", {"curves": result, "endings": ended}
+    return "\n\n".join((curves_table(found), gains_table(found), costs_table(ended))), {
+        "curves": result,
+        "endings": ended,
+    }
 
 
 def curves_table(found: Mapping[str, Mapping[int, pl.DataFrame]]) -> str:
@@ -93,6 +98,21 @@ def curves_table(found: Mapping[str, Mapping[int, pl.DataFrame]]) -> str:
         values = [[accuracies[step] for accuracies in seeds.values()] for seeds in lines.values()]
         rows.append([step, *(cell for own in values for cell in (sum(own) / len(own), *own))])
     return markdown(columns, rows)
+
+
+def gains_table(found: Mapping[str, Mapping[int, pl.DataFrame]]) -> str:
+    """What NPO is ahead of GRPO at a main-line step, paired by seed: the mean and its 95 % interval (paired t)."""
+    columns = ["step", "NPO − GRPO, 95 %"]
+    if len(next(iter(found.values()))) < 2:
+        return markdown(columns, [])
+    paired = [
+        npo.join(found["GRPO"][seed], on="step", suffix="_grpo").select(
+            "step", gain=pl.col("accuracy") - pl.col("accuracy_grpo")
+        )
+        for seed, npo in found["NPO"].items()
+    ]
+    gains = pl.concat(paired).group_by("step").agg("gain").sort("step")
+    return markdown(columns, [[step, str(paired_t(np.array(gain)))] for step, gain in gains.iter_rows()])
 
 
 def plot(found: Mapping[str, Mapping[int, pl.DataFrame]], target: Path) -> None:
